@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 
@@ -11,3 +13,29 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """A small text of 120 documents of different lengths, made of a few words."""
+    dice = random.Random(0)
+    words = "the king and queen of night speak softly to a fool who would not hear them again".split()
+    documents = [f"{dice.choice(['ROMEO', 'JULIET'])}:\n" + " ".join(dice.choices(words, k=dice.randint(1, 60))) + "."
+                 for _ in range(120)]
+    path = tmp_path_factory.mktemp("text") / "play.txt"
+    path.write_text("\n\n".join(documents))
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script module, arguments...) runs its main() here, without a new process -> (status, stdout, stderr)."""
+    def call(module, *arguments):
+        monkeypatch.setattr("sys.argv", [module.__file__, *map(str, arguments)])
+        status = 0
+        try:
+            module.run(module.main)
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+    return call

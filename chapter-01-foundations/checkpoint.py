@@ -1,0 +1,149 @@
+"""Checkpoints that survive a kill at any instant, and a resume that continues bit for bit.
+
+    OUT/checkpoint/          everything a resumed run needs, replaced as a whole
+    OUT/config.json          the model for everyone else, generate.py for instance
+    OUT/model.safetensors
+    OUT/tokenizer.json
+
+Only safetensors and JSON: a pickle runs whatever code it contains when it is opened.
+"""
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data import load_tokenizer
+from errors import InputError
+from model import ModelConfig, Transformer
+
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+# --------------------------------------------------------------------------------------------------- saving
+
+def save_checkpoint(out, model, tokenizer, optimizer, state):
+    """Write OUT/checkpoint/ and the model files beside it. state: what else to remember, as JSON can hold it."""
+    try:
+        write_checkpoint(out, model, tokenizer, optimizer, state)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write a checkpoint to {out}: {error}; the one before it is complete") from None
+
+
+def write_checkpoint(out, model, tokenizer, optimizer, state):
+    temporary = Path(out) / "checkpoint.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_model(temporary, model, tokenizer)
+    tensors = {f"{i}.{key}": value for i, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
+    save_file({"random_state": torch.get_rng_state(), **tensors}, temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(json.dumps(state, indent=2))
+    replace_folder(temporary, Path(out) / "checkpoint")
+    for name in MODEL_FILES:
+        shutil.copyfile(Path(out) / "checkpoint" / name, Path(out) / f"{name}.tmp")
+        os.replace(Path(out) / f"{name}.tmp", Path(out) / name)
+
+
+def save_model(folder, model, tokenizer):
+    """config.json, model.safetensors, tokenizer.json: all that is needed to use the model."""
+    tokenizer.save(folder / "tokenizer.json")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2))
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]   # the same table as embed_tokens: stored once
+    save_file(weights, folder / "model.safetensors", metadata={"tokenizer": sha256(folder / "tokenizer.json")})
+
+
+def replace_folder(temporary, final):
+    """Put a finished folder in the place of an older one, so that a complete one exists at every instant.
+
+    Renaming is atomic, but a folder cannot be renamed onto another. So the old one steps aside first, and
+    complete_checkpoint() looks there too.
+    """
+    for path in [*temporary.iterdir(), temporary]:   # a name must not reach the disk before the bytes it names
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    old = final.with_suffix(".old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+def complete_checkpoint(out):
+    """The last complete checkpoint folder of a run, or None."""
+    return next((Path(out) / name for name in ("checkpoint", "checkpoint.old") if (Path(out) / name).is_dir()), None)
+
+
+def load_model(folder, device="cpu"):
+    """Folder with the three model files -> (model, tokenizer). Raises InputError that names the file and the difference."""
+    folder = Path(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise InputError(f"no model.safetensors in {folder}; train one first: python {Path(__file__).parent.name}/train.py")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    config = read_config(folder / "config.json")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise InputError(f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens,"
+                         f" {folder / 'config.json'} says vocab_size {config.vocab_size}")
+    weights, metadata = read_tensors(folder / "model.safetensors")
+    if metadata.get("tokenizer") != sha256(folder / "tokenizer.json"):
+        raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than tokenizer.json holds")
+    model = Transformer(config)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    check_shapes(folder / "model.safetensors", weights, model.state_dict())
+    model.load_state_dict(weights)
+    return model.to(device), tokenizer
+
+
+def load_training_state(folder, optimizer):
+    """Restore optimizer and random state from a checkpoint folder; returns the state that save_checkpoint was given."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'state.json'} is damaged: {error}") from None
+    tensors, _ = read_tensors(folder / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop("random_state"))
+    entries = {}
+    for name, value in tensors.items():
+        i, key = name.split(".")
+        entries.setdefault(int(i), {})[key] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
+
+
+def read_config(path):
+    try:
+        return ModelConfig(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AssertionError) as error:
+        raise InputError(f"{path} is not a configuration of this chapter: {error}") from None
+
+
+def read_tensors(path):
+    """(tensors, metadata) of a safetensors file; a truncated or foreign file is an InputError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def check_shapes(path, found, expected):
+    """Compare the tensors of a file with those of the model and name the first difference."""
+    for name in sorted(expected.keys() | found.keys()):
+        a, b = (tuple(t[name].shape) if name in t else "absent" for t in (found, expected))
+        if a != b:
+            raise InputError(f"{path}: {name} is {a}, the configuration says {b}")
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
