@@ -29,8 +29,8 @@ PIECES = regex.compile(SPLIT_PATTERN)
 def valid_unicode(text):
     """Make a str encodable as UTF-8, in the way of tiktoken. Text that already is comes back unchanged.
 
-    A Python str may hold surrogates, halves of a character that UTF-16 writes in two; JSON with \\ud83d in it is the usual
-    source. Two halves that fit become the character they mean, and a lonely one becomes U+FFFD, the replacement mark.
+    A Python str may hold surrogates, halves of a character that UTF-16 writes in two; JSON with \\ud83d in it is the
+    usual source. Two halves that fit become the character they mean; a lone one becomes U+FFFD, the replacement mark.
     """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -52,11 +52,11 @@ def train_bpe(documents, num_merges):
     words = [[bytes([byte]) for byte in piece.encode()] for piece in pieces]
     frequencies = list(pieces.values())
 
-    # A candidate is the bytes that two neighbours would become, not the pair of them: tiktoken looks bytes up, so
-    # a+bc and ab+c, if both were there, would have to be the same token. (They never both are. Merges run from left to
-    # right through all words alike, so the same bytes between two token ends are cut the same way everywhere. Merge
-    # from right to left, or leave one word out, and that ends.)
-    counts = Counter()         # candidate -> how often it occurs in the text
+    # A candidate is the bytes that two neighbours would become, not the pair of them. tiktoken looks bytes up, so a+bc
+    # and ab+c, if both were there, would have to be one token. (They never both are: each merge runs from left to right
+    # through every word, so the same bytes between two token ends are cut the same way everywhere. The assert below
+    # watches over it; a merge that misses one place would end it.)
+    counts = Counter()         # candidate -> how often it occurs in the text; in aaa, aa occurs twice
     where = defaultdict(set)   # candidate -> numbers of the words in which it occurs, or has occurred
     for number, word in enumerate(words):
         for left, right in zip(word, word[1:]):
@@ -68,7 +68,7 @@ def train_bpe(documents, num_merges):
     ranks = {bytes([byte]): byte for byte in range(256)}
     while heap and len(ranks) < 256 + num_merges:
         count, token = heapq.heappop(heap)
-        if -count != counts[token]:   # an old entry: each change of a count pushes a new one and leaves the old in place
+        if -count != counts[token]:   # an old entry: a count that changes pushes a new one and leaves this in place
             continue
         if counts[token] < 2:
             break
@@ -80,7 +80,7 @@ def train_bpe(documents, num_merges):
                 changes[candidate] += change * frequencies[number]
                 if change > 0:
                     where[candidate].add(number)
-        changes[token] = -counts[token]   # all of them are gone, also where they overlapped, as in aaa
+        changes[token] = -counts[token]   # all of them are gone, the overlapping ones too
         for candidate, change in changes.items():
             counts[candidate] += change
             heapq.heappush(heap, (-counts[candidate], candidate))
@@ -187,17 +187,19 @@ def show_cuts(sentence, ranks):
 
 def show_compression(training, held_out, ranks):
     """Print bytes per token as the merges grow. Returns rows (vocabulary, training, held out, uses of a new token)."""
-    pieces = [Counter(piece for document in part for piece in PIECES.findall(document)) for part in (training, held_out)]
-    sizes = [sum(len(document.encode()) for document in part) for part in (training, held_out)]
+    parts = (training, held_out)
+    pieces = [Counter(piece for document in part for piece in PIECES.findall(document)) for part in parts]
+    sizes = [sum(len(document.encode()) for document in part) for part in parts]
     print(f"    {'':>7}{'':>12}{'bytes per token':>22}{'a merged token occurs':>26}")
     print(f"    {'merges':>7}{'vocabulary':>12}{'training':>12}{'held out':>10}{'(median, in training)':>26}")
     rows = []
     for num_merges in (0, 64, 256, 1024, 4096, len(ranks) - 256):
         fewer = first_merges(ranks, num_merges)
-        counts = [token_counts(part, fewer) for part in pieces]
+        counts = [token_counts(counted, fewer) for counted in pieces]
         ratios = [size / count.total() for size, count in zip(sizes, counts)]
-        uses = statistics.median([counts[0][i] for i in range(256, len(fewer))]) if num_merges else math.nan
-        print(f"    {num_merges:>7,}{len(fewer):>12,}{ratios[0]:>12.2f}{ratios[1]:>10.2f}{uses:>20,.0f} times")
+        uses = statistics.median([counts[0][i] for i in range(256, len(fewer))]) if num_merges else None
+        print(f"    {num_merges:>7,}{len(fewer):>12,}{ratios[0]:>12.2f}{ratios[1]:>10.2f}"
+              + (f"{uses:>20,.0f} times" if num_merges else ""))
         rows.append((len(fewer), *ratios, uses))
     return rows
 
@@ -215,9 +217,10 @@ def draw_compression(rows, path):
     ax.text(vocabulary[-1] * 1.08, held_out[-1], "held-out text", color="#d9822b", va="center")
     for size, ratio, n in list(zip(vocabulary, training, uses))[1:]:
         ax.annotate(f"{n:,.0f}x", (size, ratio), (-6, 6), textcoords="offset points", ha="right", color="#888888")
-    ax.text(215, 3.6, "grey: how often a merged token\noccurs in the training text (median)", color="#888888", va="center")
+    ax.text(215, 3.6, "grey: how often a merged token\noccurs in the training text (median)", color="#888888",
+            va="center")
     ax.set(xscale="log", xlim=(195, vocabulary[-1] * 2.4), ylim=(0.8, 4.1), xlabel="vocabulary (256 bytes + merges)",
-           ylabel="bytes per token", title="More merges, shorter sequences, and ever less text to learn each token from")
+           ylabel="bytes per token", title="More merges: shorter sequences, and less text to learn each token from")
     ax.set_xticks(vocabulary, [f"{size:,}" for size in vocabulary])
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
@@ -233,13 +236,14 @@ def main():
     start = time.perf_counter()
     first = train_bpe(training, num_merges=1024)
     seconds = time.perf_counter() - start
-    ranks = train_bpe(training, num_merges=size)   # all there are: each merge saves two bytes or more, so it is fewer
+    ranks = train_bpe(training, num_merges=size)   # all there are: every merge shortens the text
     assert list(ranks)[:len(first)] == list(first), "longer training changed the first merges"
-    print(f"\n1. Training. {len(training):,} documents, {size:,} bytes: 1,024 merges take {seconds:.2f} seconds. After {len(ranks) - 256:,}"
-          "\n   no two neighbours occur together twice. Pairs of characters come first, then syllables, then words:")
+    print(f"\n1. Training. {len(training):,} documents, {size:,} bytes: 1,024 merges take {seconds:.2f} seconds."
+          f"\n   After {len(ranks) - 256:,} merges no two neighbours occur together twice. Old merges and young ones:")
     show_merges(ranks)
 
-    sentence = next(line for document in held_out for line in document.splitlines() if 40 <= len(line) <= 50)
+    lines = [line for document in held_out for line in document.splitlines()]
+    sentence = min(lines, key=lambda line: abs(len(line) - 48))   # as long as fits below
     print("\n2. Encoding. A sentence that was not in the training text, after the first merges:\n")
     show_cuts(sentence, ranks)
 
@@ -252,8 +256,8 @@ def main():
         ids = encode_bytes(data, ranks)
         assert decode(ids, ranks) == data, (decode(ids, ranks), data)
         print(f"    {str(data):<38} -> {ids}")
-    print("\nAt work: tiktoken to encode (tiktoken_demo.py: the same tokens, faster), Hugging Face's tokenizers to train.\n"
-          "Compression as a picture: figures/bpe_compression.png")
+    print("\nAt work: tiktoken to encode (tiktoken_demo.py: the same ids, faster), Hugging Face tokenizers to train.\n"
+          "Bytes per token as a picture: figures/bpe_compression.png")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ def parse_arguments():
     parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH",
                         help="tinyshakespeare, python-docs, wikitext-2, or a .txt or .jsonl file")
     parser.add_argument("--tokenizer", choices=("bpe", "char"), default="bpe", help="byte pairs or single characters")
-    parser.add_argument("--batch-size", type=positive(int), default=8, metavar="B", help="documents per step")
-    parser.add_argument("--learning-rate", type=positive(float), default=2e-3, metavar="LR", help="highest learning rate")
-    parser.add_argument("--steps", type=positive(int), metavar="N", help="stop after N steps (2000 if --minutes is not given)")
+    parser.add_argument("--batch-size", type=positive(int), default=16, metavar="B", help="documents per step")
+    parser.add_argument("--learning-rate", type=positive(float), default=3e-3, metavar="LR", help="highest learning rate")
+    parser.add_argument("--steps", type=positive(int), metavar="N", help="stop after N steps (1500 if --minutes is not given)")
     parser.add_argument("--minutes", type=positive(float), metavar="M", help="stop after M minutes")
     parser.add_argument("--save-every", type=positive(int), default=250, metavar="N",
                         help="steps between checkpoints, each with a quick validation and a sample")
@@ -48,7 +48,7 @@ def parse_arguments():
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --out")
     arguments = parser.parse_args()
     if arguments.minutes is None and arguments.steps is None:
-        arguments.steps = 2000
+        arguments.steps = 1500
     return arguments
 
 
@@ -194,18 +194,20 @@ def main():
           " attention as matrices of all scores (chapter 2 computes fewer)")
     writer = SummaryWriter(arguments.out / "tensorboard", purge_step=state["step"])
     bar = tqdm(total=arguments.steps, initial=state["step"], unit="step", dynamic_ncols=True)
+    seen = {}                   # what the bar shows
     start -= state["seconds"]   # time spent before the resume counts too
 
     while True:
         state["seconds"] = time.perf_counter() - start
         progress = max(state["step"] / arguments.steps if arguments.steps else 0,
                        state["seconds"] / 60 / arguments.minutes if arguments.minutes else 0)
-        if progress >= 1:
+        if progress >= 1 and state["step"] > 0:
             break
 
         step_start = time.perf_counter()
+        lr = arguments.learning_rate * schedule(progress)
         for group in optimizer.param_groups:
-            group["lr"] = arguments.learning_rate * schedule(progress)
+            group["lr"] = lr
         batch = padded_collate_fn(
             training_windows(windows, arguments.batch_size, arguments.seed, state["step"]), tokenizer.padding).to(device)
         # The mean over real targets. Dividing by B * L instead would let the padding scale the gradient.
@@ -222,9 +224,10 @@ def main():
         state["positions"] += B * L
         state["flops"] += B * L * model.flops_per_position(L)
         state["train_seconds"] += time.perf_counter() - step_start
+        seen |= {"loss": f"{loss.item():.3f}", "padding": f"{1 - state['tokens'] / state['positions']:.0%}"}
         bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}", padding=f"{1 - state['tokens'] / state['positions']:.0%}")
-        for name, value in {"loss": loss, "gradient_norm": norm, "learning_rate": group["lr"]}.items():
+        bar.set_postfix(seen)
+        for name, value in {"loss": loss, "gradient_norm": norm, "learning_rate": lr}.items():
             writer.add_scalar(f"train/{name}", value, state["step"])
 
         if state["step"] % arguments.save_every == 0:
@@ -232,7 +235,7 @@ def main():
             _, bits = evaluate(model, val_documents[::8], tokenizer, device)   # an eighth is enough to follow the run
             writer.add_scalar("validation/bits_per_byte_of_an_eighth", bits, state["step"])
             writer.add_text("sample", write_sample(model, tokenizer, 60), state["step"])
-            bar.write(f"step {state['step']}: {bits:.3f} bits per byte on an eighth of the validation documents")
+            seen["validation"] = f"{bits:.3f} bits per byte"
     bar.close()
 
     nats, bits = evaluate(model, val_documents, tokenizer, device)
