@@ -17,7 +17,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from bpe_from_scratch import SPLIT_PATTERN, train_bpe
+from bpe_from_scratch import SPLIT_PATTERN, train_bpe, valid_unicode
 from errors import InputError
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -67,7 +67,7 @@ def read_jsonl(path):
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):   # splitlines() would also split at U+2028
         try:
             if line.strip():
-                documents.append(json.loads(line)["text"].strip("\n"))
+                documents.append(valid_unicode(json.loads(line)["text"]).strip("\n"))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError(f'{path}, line {number}: expected {{"text": "..."}}') from None
     return documents

@@ -79,6 +79,8 @@ def test_documents_of_a_text_file_and_of_a_jsonl_file(tmp_path):
     text = "one\ntwo\n\nthree\n\n\n\nfour\n"
     (tmp_path / "a.txt").write_text(text)
     assert data.read_text(tmp_path / "a.txt") == ["one\ntwo", "three", "four"]
+    (tmp_path / "half.jsonl").write_text('{"text": "half \\ud83d a character"}')
+    assert data.read_jsonl(tmp_path / "half.jsonl") == ["half \ufffd a character"]   # JSON can say it, UTF-8 cannot
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in NASTY) + "\n")
     assert data.read_jsonl(tmp_path / "a.jsonl") == [text.strip("\n") for text in NASTY]
 
