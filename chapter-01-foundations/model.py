@@ -118,12 +118,18 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self):
-        """GPT-2's initialization: N(0, 0.02), the layers that write into the residual stream scaled down by its depth."""
+        """GPT-2's initialization: N(0, 0.02), the layers that write into the residual stream scaled down by its depth.
+
+        One change: the token table begins at 1 / sqrt(D), so that the first logits have a spread of about 1 at any width.
+        At GPT-2's width 0.02 is close to that; at ours it is a quarter of it, and the first hundred steps only grow it.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.num_hidden_layers))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            elif name == "model.embed_tokens.weight":
+                nn.init.normal_(parameter, std=self.config.hidden_size ** -0.5)
             elif "norm" not in name:   # LayerNorm weights stay at 1
                 nn.init.normal_(parameter, std=0.02)
 

@@ -133,7 +133,7 @@ def test_initialization():
     config = replace(CONFIG, hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
     model = chapter1.model.Transformer(config)
     state = model.state_dict()
-    for name, std in {"model.embed_tokens.weight": 0.02, "model.layers.0.self_attn.q_proj.weight": 0.02,
+    for name, std in {"model.embed_tokens.weight": 1 / 16, "model.layers.0.self_attn.q_proj.weight": 0.02,
                       "model.layers.3.mlp.down_proj.weight": 0.02 / 4, "model.layers.7.self_attn.o_proj.weight": 0.02 / 4}.items():
         assert state[name].std().item() == pytest.approx(std, rel=0.1), name
     assert state["model.norm.weight"].eq(1).all() and state["model.layers.0.mlp.up_proj.bias"].eq(0).all()

@@ -1,0 +1,56 @@
+"""Render the tables of the READMEs from results/*.json, so that no number is ever typed by hand.
+
+    python tests/readmes.py --write     render all tables in place (test_readmes.py only compares)
+
+A table stands between <!-- results:NAME --> and <!-- /results -->; NAME is results/NAME.json beside the README. In the
+root README, NAME is CHAPTER/NAME.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+from chapters import CHAPTERS_ROOT
+
+MARKER = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def all_readmes():
+    return [CHAPTERS_ROOT / "README.md", *sorted(CHAPTERS_ROOT.glob("chapter-*/README.md"))]
+
+
+def result_file(readme, name):
+    chapter, _, name = name.rpartition("/")
+    return readme.parent / chapter / "results" / f"{name}.json"
+
+
+def cell(value):
+    """A number as a person reads it; what nobody measured says so."""
+    if value is None:
+        return "not measured"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(path):
+    """The Markdown table of a results file, followed by where its numbers come from."""
+    result = json.loads(path.read_text())
+    columns = result["columns"]
+    rows = [list(columns.values()), ["---", *["---:"] * (len(columns) - 1)]]
+    rows += [[cell(row.get(key)) for key in columns] for row in result["rows"]]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    source = f"`{result['command']}` on {result['machine']}, torch {result['torch']}, {result['date']}"
+    return "\n".join([*lines, "", f"<sub>{source}</sub>"]) + "\n"
+
+
+def render(readme):
+    """The text of a README with its tables made anew."""
+    return MARKER.sub(lambda match: match[1] + table(result_file(readme, match[2])) + match[3], readme.read_text())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(__doc__)
+    for path in all_readmes():
+        path.write_text(render(path))
