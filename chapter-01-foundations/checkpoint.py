@@ -97,7 +97,10 @@ def load_model(folder, device="cpu"):
     weights, metadata = read_tensors(folder / "model.safetensors")
     if metadata.get("tokenizer") != sha256(folder / "tokenizer.json"):
         raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than tokenizer.json holds")
-    model = Transformer(config)
+    try:
+        model = Transformer(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder / 'config.json'} describes no model: {error}") from None
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     check_shapes(folder / "model.safetensors", weights, model.state_dict())
@@ -112,12 +115,15 @@ def load_training_state(folder, optimizer):
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'state.json'} is damaged: {error}") from None
     tensors, _ = read_tensors(folder / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("random_state"))
-    entries = {}
-    for name, value in tensors.items():
-        i, key = name.split(".")
-        entries.setdefault(int(i), {})[key] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    try:
+        torch.set_rng_state(tensors.pop("random_state"))
+        entries = {}
+        for name, value in tensors.items():
+            i, key = name.split(".")
+            entries.setdefault(int(i), {})[key] = value
+        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder / 'optimizer.safetensors'} is not of this run: {error!r}") from None
     return state
 
 

@@ -29,6 +29,14 @@ def positive(kind):
     return convert
 
 
+def seed(text):
+    """An argparse type: a number that every random generator takes."""
+    number = int(text)
+    if not 0 <= number < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**63 - 1")
+    return number
+
+
 def run(main):
     """Run a script's main(). Bad input ends in one line and status 2; anything else is our bug and keeps its traceback."""
     try:
@@ -38,6 +46,7 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:   # the reader of our output has left, as in `generate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_model
-from errors import ArgumentParser, InputError, positive, run
+from errors import ArgumentParser, InputError, positive, run, seed
 
 
 @torch.no_grad()
@@ -39,7 +39,8 @@ def sample(logits, temperature, top_k, top_p, dice):
     the fewest best tokens whose probabilities reach p."""
     if temperature == 0:
         return logits.argmax().item()
-    scores, ids = (logits / temperature).sort(descending=True)   # (V,), best first
+    # The best score moves to 0 first: softmax does not mind, and dividing by a tiny temperature gives -inf, not nan.
+    scores, ids = ((logits - logits.max()) / temperature).sort(descending=True)   # (V,), best first
     if top_k:
         scores[top_k:] = float("-inf")
     if top_p:
@@ -70,7 +71,7 @@ def parse_arguments():
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     parser.add_argument("--top-k", type=positive(int), help="sample from the k likeliest tokens only")
     parser.add_argument("--top-p", type=number, help="sample from the fewest tokens that hold this probability")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same text")
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
     arguments = parser.parse_args()
     if not 0 <= arguments.temperature < float("inf"):

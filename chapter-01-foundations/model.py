@@ -120,8 +120,8 @@ class Transformer(nn.Module):
     def init_weights(self):
         """GPT-2's initialization: N(0, 0.02), the layers that write into the residual stream scaled down by its depth.
 
-        One change: the token table begins at 1 / sqrt(D), so that the first logits have a spread of about 1 at any width.
-        At GPT-2's width 0.02 is close to that; at ours it is a quarter of it, and the first hundred steps only grow it.
+        One change: the token table begins at 1 / sqrt(D), so that a token's row has length 1 at any width. With 0.02 it
+        would be short at our width and the first hundred steps would only grow it; a short run ends visibly better so.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):

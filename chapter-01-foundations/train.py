@@ -24,7 +24,7 @@ from tqdm import tqdm
 from checkpoint import complete_checkpoint, load_model, load_training_state, save_checkpoint
 from data import (IGNORE, BPETokenizer, CharTokenizer, fetch, load_documents, num_bytes, padded_collate_fn, tokenize,
                   training_windows)
-from errors import ArgumentParser, InputError, positive, run
+from errors import ArgumentParser, InputError, positive, run, seed
 from generate import generate
 from model import CONFIGS, Transformer
 from report import device_name
@@ -42,7 +42,7 @@ def parse_arguments():
     parser.add_argument("--minutes", type=positive(float), metavar="M", help="stop after M minutes")
     parser.add_argument("--save-every", type=positive(int), default=250, metavar="N",
                         help="steps between checkpoints, each with a quick validation and a sample")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed on the same machine gives the same run")
+    parser.add_argument("--seed", type=seed, default=0, help="the same seed on the same machine gives the same run")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", metavar="DIR", help="where to write")
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --out")
@@ -130,8 +130,8 @@ def start_afresh(arguments, train_documents, val_documents, device):
 def check_settings(settings, saved, out):
     """A resumed run must be the same run. Only the budget (--steps, --minutes) may grow."""
     for name, value in settings.items():
-        if saved[name] != value:
-            raise InputError(f"--resume: the checkpoint in {out} has {name} {saved[name]}, this command has {value};"
+        if saved.get(name) != value:
+            raise InputError(f"--resume: the checkpoint in {out} has {name} {saved.get(name)}, this command has {value};"
                              " repeat the first command or choose another --out")
 
 

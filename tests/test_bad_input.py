@@ -60,7 +60,7 @@ def test_data_that_is_not_there(tmp_path, call):
 
 @pytest.mark.parametrize("flags", [
     ["--steps", "0"], ["--steps", "-3"], ["--steps", "many"], ["--minutes", "0"], ["--minutes", "nan"],
-    ["--batch-size", "0"], ["--learning-rate", "-1"], ["--config", "huge"], ["--tokenizer", "words"], ["--no-such-flag"]])
+    ["--batch-size", "0"], ["--seed", "-1"], ["--seed", str(2 ** 64)], ["--learning-rate", "-1"], ["--config", "huge"], ["--tokenizer", "words"], ["--no-such-flag"]])
 def test_flags_that_make_no_sense(flags, tmp_path, call):
     expect_error(call(chapter1.train, *flags, "--out", tmp_path / "out"), flags[0])
     assert not (tmp_path / "out").exists()
@@ -151,6 +151,20 @@ def test_weights_of_another_shape_and_weights_that_are_missing_or_too_many(out, 
     expect_error(call(chapter1.generate, "a", "--checkpoint", out), "mlp", "48")
     edit_json(out / "config.json", surprise=1)
     expect_error(call(chapter1.generate, "a", "--checkpoint", out), "config.json", "surprise")
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("config.json", {"hidden_size": "wide"}), ("config.json", {"num_hidden_layers": None}),
+    ("tokenizer.json", {"tokens": [1, 2]}), ("tokenizer.json", {"kind": "words"})])
+def test_json_of_the_wrong_types(name, changes, out, call):
+    edit_json(out / name, **changes)
+    expect_error(call(chapter1.generate, "a", "--checkpoint", out), name)
+
+
+def test_an_optimizer_of_another_run(out, text_file, call):
+    save_file({"0.exp_avg": torch.zeros(3)}, out / "checkpoint" / "optimizer.safetensors")
+    run = ["--data", text_file, "--tokenizer", "char", "--steps", 4, "--out", out, "--resume"]
+    expect_error(call(chapter1.train, *run), "optimizer.safetensors")
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])

@@ -21,7 +21,7 @@ PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 @pytest.mark.parametrize("settings, kept", [
     ({}, [0, 1, 2, 3, 4]), ({"temperature": 0.5}, [0, 1, 2, 3, 4]), ({"top_k": 2}, [1, 3]), ({"top_k": 99}, [0, 1, 2, 3, 4]),
     ({"top_p": 0.4}, [1]), ({"top_p": 0.41}, [1, 3]), ({"top_p": 0.8}, [1, 3, 4]), ({"top_p": 1e-6}, [1]),
-    ({"top_k": 3, "top_p": 0.5}, [1, 3]), ({"temperature": 0}, [1])])
+    ({"top_k": 3, "top_p": 0.5}, [1, 3]), ({"temperature": 1e-30}, [1]), ({"temperature": 0}, [1])])
 def test_samples_follow_the_distribution(settings, kept):
     """Chi-square: the counts are those of the distribution, restricted to what is kept and renormalized."""
     counts = draws(PROBABILITIES.log(), **settings).bincount(minlength=5)
