@@ -1,7 +1,7 @@
 """A prompt in, text out, from the checkpoint that train.py wrote.
 
-    python chapter-01-foundations/generate.py "ROMEO:" 200
-    python chapter-01-foundations/generate.py --interactive
+    python generate.py "ROMEO:" 200        (in this folder)
+    python generate.py --interactive
 
 Only the text goes to standard output. Every new token runs the model over the whole text again; chapter 5 ends that waste.
 """

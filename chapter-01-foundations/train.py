@@ -1,7 +1,7 @@
 """Train a GPT on text: one loop, top to bottom.
 
-    python chapter-01-foundations/train.py
-    python chapter-01-foundations/train.py --tokenizer char --minutes 5 --out out-char
+    python train.py        (in this folder)
+    python train.py --tokenizer char --minutes 5 --out out-char
 
 Writes to --out: the model (config.json, model.safetensors, tokenizer.json), checkpoint/ for --resume, tensorboard/, and
 summary.json with the numbers of the run.

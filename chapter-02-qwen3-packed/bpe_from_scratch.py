@@ -5,7 +5,7 @@ the vocabulary endless, and a name or a typo has no number at all. BPE starts fr
 ever unknown, and merges the two neighbours that occur together most often into a new token, again and again (Sennrich
 et al. 2016; on bytes: GPT-2, Radford et al. 2019). A thousand merges, and a token holds more than two bytes.
 
-    python chapter-01-foundations/bpe_from_scratch.py
+    python bpe_from_scratch.py        (in this folder)
 
 Three words: the text is first split into *pieces* (about: words), inside which all merging happens; a *token* is bytes
 that the vocabulary knows; its *rank* is its number and at the same time its age, 0-255 the bytes, then merge by merge.
