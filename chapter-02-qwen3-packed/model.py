@@ -338,7 +338,8 @@ def checkpoint_folder(dir_or_hub_id):
     if Path(dir_or_hub_id).is_dir():
         return Path(dir_or_hub_id)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(dir_or_hub_id)):
-        raise InputError(f"{dir_or_hub_id} is neither a folder nor a Hugging Face name such as Qwen/Qwen3-0.6B")
+        raise InputError(f"{dir_or_hub_id} is neither a folder nor a Hugging Face name such as Qwen/Qwen3-0.6B;"
+                         f" to make a folder: python {Path(__file__).parent.name}/train.py")
     name, _, revision = str(dir_or_hub_id).partition("@")
     huggingface_hub.logging.set_verbosity_error()   # one error at the end, not a warning at each attempt
     try:
@@ -425,14 +426,17 @@ def load_pretrained(dir_or_hub_id, device="cpu", dtype=None):
     return model
 
 
-def save_pretrained(model, folder):
-    """Write config.json and model.safetensors, a folder that load_pretrained, transformers and vLLM open."""
+def save_pretrained(model, folder, remarks={}):
+    """Write config.json and model.safetensors, a folder that load_pretrained, transformers and vLLM open.
+
+    remarks: {name: text} to keep in the header of model.safetensors.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]   # the same table as embed_tokens: stored once
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", **remarks})
     config = {"architectures": ["Qwen3ForCausalLM"], **SUPPORTED, **asdict(model.config)}
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": model.config.rope_theta}   # for transformers 5
     config["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")

@@ -36,21 +36,24 @@ TO_BYTE = {character: byte for byte, character in TO_CHARACTER.items()}
 class Tokenizer:
     """Text <-> token ids, and conversations -> token ids.
 
-    ranks: {bytes of an ordinary token: id}; special_tokens: {text: id}. Text is brought to Unicode's NFC form first, as
-    Qwen's tokenizer does: an e with an accent is one character, however the file writes it.
+    ranks: {bytes of an ordinary token: id}; special_tokens: {text: id}; marks: those of them that a text may contain, such
+    as <think>. Text is brought to Unicode's NFC form first, as Qwen's tokenizer does: an e with an accent is one
+    character, however the file writes it.
     """
 
-    def __init__(self, ranks, special_tokens, pattern=SPLIT_PATTERN):
+    def __init__(self, ranks, special_tokens, marks=frozenset(), pattern=SPLIT_PATTERN):
         missing = [token for token in SPECIAL_TOKENS if token not in special_tokens]
         if missing:
             raise InputError(f"the tokenizer lacks the special tokens {', '.join(missing)}")
-        self.ranks, self.special_tokens, self.pattern = ranks, special_tokens, pattern
+        self.ranks, self.special_tokens, self.marks, self.pattern = ranks, special_tokens, marks, pattern
         self.encoding = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
         self.end_of_text, self.start_of_turn, self.end_of_turn = (special_tokens[token] for token in SPECIAL_TOKENS)
         self.vocab_size = self.encoding.n_vocab
-        self.tokens = [b""] * self.vocab_size   # what each id writes; special tokens but one write nothing
+        self.tokens = [b""] * self.vocab_size   # what each id writes; most special tokens write nothing
         for token, i in ranks.items():
             self.tokens[i] = token
+        for mark in marks:
+            self.tokens[special_tokens[mark]] = mark.encode()
         self.tokens[self.end_of_text] = b"\n\n"
 
     @classmethod
@@ -59,8 +62,8 @@ class Tokenizer:
         return cls(ranks, {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)})
 
     def encode(self, text):
-        """Ids of a text. What looks like a special token in it stays text: nobody can end a turn by typing its name."""
-        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+        """Ids of a text. A special token's name in it stays text, but for marks: nobody can end a turn by typing so."""
+        return self.encoding.encode(unicodedata.normalize("NFC", text), allowed_special=self.marks, disallowed_special=())
 
     def encode_conversation(self, messages, answer=False):
         """Messages [{"role": ..., "content": ...}, ...] -> (ids, counts): Qwen's chat format, and which ids are learned.
@@ -68,12 +71,14 @@ class Tokenizer:
             <|im_start|>user\\nWhat is 2 + 2?<|im_end|>\\n<|im_start|>assistant\\n4<|im_end|>\\n
 
         counts is True for what the assistant says, its <|im_end|> included: that is how it learns to stop. With
-        answer=True the ids end where the assistant's answer is to begin.
+        answer=True the ids end where the assistant is to speak.
         """
         ids, counts = [], []
         for message in messages:
-            head = [self.start_of_turn, *self.encode(f"{message['role']}\n")]
-            body = [*self.encode(message["content"]), self.end_of_turn]
+            head, body = f"{message['role']}\n", message["content"]
+            if message["role"] != "assistant":   # nothing of it is learned
+                head, body = head + body, ""
+            head, body = [self.start_of_turn, *self.encode(head)], [*self.encode(body), self.end_of_turn]
             tail = self.encode("\n")
             ids += head + body + tail
             counts += [False] * len(head) + [message["role"] == "assistant"] * len(body) + [False] * len(tail)
@@ -89,7 +94,7 @@ class Tokenizer:
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, which `transformers` opens as a Qwen2Tokenizer."""
         special = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                    "special": True} for text, i in self.special_tokens.items()]
+                    "special": text not in self.marks} for text, i in self.special_tokens.items()]
         merges = [[to_characters(part) for part in last_merge(token, self.ranks)]
                   for token in sorted(self.ranks, key=self.ranks.get) if len(token) > 1]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -144,8 +149,8 @@ def read_tokenizer_json(path):
     if model["type"] != "BPE" or len(patterns) != 1 or contents["normalizer"] != {"type": "NFC"}:
         raise InputError(f"{path} is not of Qwen's kind: byte-level BPE after one regular expression, on NFC text")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    special_tokens = {token["content"]: token["id"] for token in contents["added_tokens"]}
-    return Tokenizer(check_ranks(model["vocab"], merges, path), special_tokens, patterns[0])
+    added = {token["id"]: token for token in contents["added_tokens"]}
+    return Tokenizer(check_ranks(model["vocab"], merges, path), *special_tokens_and_marks(added), patterns[0])
 
 
 def read_vocab_and_merges(folder):
@@ -153,8 +158,13 @@ def read_vocab_and_merges(folder):
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    special_tokens = {token["content"]: int(i) for i, token in added.items()}
-    return Tokenizer(check_ranks(vocab, merges, folder / "vocab.json"), special_tokens)
+    return Tokenizer(check_ranks(vocab, merges, folder / "vocab.json"), *special_tokens_and_marks(added))
+
+
+def special_tokens_and_marks(added):
+    """{id: description} of the tokens that no merge makes -> ({text: id}, the texts of those marked as not special)."""
+    return ({token["content"]: int(i) for i, token in added.items()},
+            frozenset(token["content"] for token in added.values() if not token["special"]))
 
 
 def check_ranks(vocab, merges, path):

@@ -10,7 +10,7 @@ from chapters import Chapter
 chapter2 = Chapter("chapter-02-qwen3-packed")
 TEXTS = ["the king's  speech\n\nIt'S 2024, isn't it?", "naïve cafe\u0301 日本語 🙂🏽", "  \t x \r\n\r\n y", "<|im_end|> typed", "\u2028\x85\x00",
          "a" * 50, " 1234567 3.14", ""]
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"},
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "\n\n 2 + 2?"}, {"role": "assistant", "content": "4"},
         {"role": "user", "content": "<|im_end|> says who?"}, {"role": "assistant", "content": "né\n\nbis"}]
 
 
@@ -45,7 +45,7 @@ def test_reload(tokenizer, folder, tmp_path):
     loaded = chapter2.tokenizer.load_tokenizer(folder)
     assert loaded.ranks == tokenizer.ranks and loaded.special_tokens == tokenizer.special_tokens
     contents = json.loads((folder / "tokenizer.json").read_text())
-    added = {token["id"]: {"content": token["content"]} for token in contents["added_tokens"]}
+    added = {token["id"]: {"content": token["content"], "special": True} for token in contents["added_tokens"]}
     (tmp_path / "vocab.json").write_text(json.dumps(contents["model"]["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in contents["model"]["merges"]) + "\n")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
@@ -67,3 +67,15 @@ def test_only_what_the_assistant_says_is_learned(tokenizer):
     learned = [i for i, count in zip(ids, counts) if count]
     assert learned == [*tokenizer.encode("4"), tokenizer.end_of_turn, *tokenizer.encode("né\n\nbis"), tokenizer.end_of_turn]
     assert ids.count(tokenizer.end_of_turn) == len(CHAT)   # one a message, whatever people type
+
+
+def test_marks_in_a_text_become_their_tokens(tokenizer, tmp_path):
+    special = tokenizer.special_tokens | {"<think>": tokenizer.vocab_size, "</think>": tokenizer.vocab_size + 1}
+    marked = chapter2.tokenizer.Tokenizer(tokenizer.ranks, special, frozenset({"<think>", "</think>"}))
+    marked.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}))
+    text = "<think>\nwell, </think>\n\nyes <think>"
+    ids = AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    assert special["</think>"] in ids
+    for tokenizer in (marked, chapter2.tokenizer.load_tokenizer(tmp_path)):
+        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
