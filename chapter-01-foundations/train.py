@@ -11,7 +11,6 @@ import json
 import math
 import resource
 import shutil
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -111,8 +110,10 @@ def peak_memory(device):
     """Highest memory use so far, in bytes: of the GPU, or of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024   # ru_maxrss is bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")   # Linux; its ru_maxrss begins with the memory of whoever started this process
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # macOS counts it in bytes
 
 
 def start_afresh(arguments, train_documents, val_documents, device):
@@ -136,7 +137,7 @@ def check_settings(settings, saved, out):
 
 
 def fingerprint(documents):
-    return hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
 
 
 def write_sample(model, tokenizer, tokens):
@@ -223,8 +224,8 @@ def main():
         state["tokens"] += tokens.item()
         state["positions"] += B * L
         state["flops"] += B * L * model.flops_per_position(L)
-        state["train_seconds"] += time.perf_counter() - step_start
         seen |= {"loss": f"{loss.item():.3f}", "padding": f"{1 - state['tokens'] / state['positions']:.0%}"}
+        state["train_seconds"] += time.perf_counter() - step_start   # after loss.item(), which waits for the GPU
         bar.update()
         bar.set_postfix(seen)
         for name, value in {"loss": loss, "gradient_norm": norm, "learning_rate": lr}.items():
@@ -232,7 +233,7 @@ def main():
 
         if state["step"] % arguments.save_every == 0:
             save_checkpoint(arguments.out, model, tokenizer, optimizer, state)
-            _, bits = evaluate(model, val_documents[::8], tokenizer, device)   # an eighth is enough to follow the run
+            _, bits = evaluate(model, val_documents[::8], tokenizer, device)
             writer.add_scalar("validation/bits_per_byte_of_an_eighth", bits, state["step"])
             writer.add_text("sample", write_sample(model, tokenizer, 60), state["step"])
             seen["validation"] = f"{bits:.3f} bits per byte"

@@ -12,7 +12,6 @@ import json
 import math
 import resource
 import shutil
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,7 +41,7 @@ def parse_arguments():
     parser.add_argument("--batch-tokens", type=positive(int), default=1024, metavar="T", help="tokens per step")
     parser.add_argument("--learning-rate", type=positive(float), metavar="LR",
                         help="highest learning rate (None: 3e-3 at width 128, less for wider models; 2e-5 with --init)")
-    parser.add_argument("--steps", type=positive(int), metavar="N", help="stop after N steps (1500 if --minutes is not given)")
+    parser.add_argument("--steps", type=positive(int), metavar="N", help="stop after N steps (1200 if --minutes is not given)")
     parser.add_argument("--minutes", type=positive(float), metavar="M", help="stop after M minutes")
     parser.add_argument("--save-every", type=positive(int), default=250, metavar="N",
                         help="steps between checkpoints, each with a quick validation and a sample")
@@ -52,7 +51,7 @@ def parse_arguments():
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --out")
     arguments = parser.parse_args()
     if arguments.minutes is None and arguments.steps is None:
-        arguments.steps = 1500
+        arguments.steps = 1200
     if arguments.learning_rate is None:   # about 1 / width (Yang et al. 2022); a trained model needs care, not speed
         arguments.learning_rate = 2e-5 if arguments.init else 3e-3 * 128 / CONFIGS[arguments.config].hidden_size
     return arguments
@@ -124,8 +123,10 @@ def peak_memory(device):
     """Highest memory use so far, in bytes: of the GPU, or of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024   # ru_maxrss is bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")   # Linux; its ru_maxrss begins with the memory of whoever started this process
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # macOS counts it in bytes
 
 
 def start_afresh(arguments, train_documents, device):
@@ -252,7 +253,7 @@ def main():
 
         if state["step"] % arguments.save_every == 0:
             save_checkpoint(arguments.out, model, tokenizer, optimizer, state)
-            _, bits = evaluate(model, val_documents[::8], tokenizer, arguments.batch_tokens, device)   # an eighth is enough to follow the run
+            _, bits = evaluate(model, val_documents[::8], tokenizer, arguments.batch_tokens, device)
             writer.add_scalar("validation/bits_per_byte_of_an_eighth", bits, state["step"])
             writer.add_text("sample", write_sample(model, tokenizer, val_documents[0], 60), state["step"])
             seen["validation"] = f"{bits:.3f} bits per byte"
