@@ -112,8 +112,9 @@ def load_training_state(folder, optimizer):
     """Restore optimizer and random state from a checkpoint folder; returns the state that save_checkpoint was given."""
     try:
         state = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'state.json'} is damaged: {error}") from None
+        state["step"]   # KeyError: it is the state of something else
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'state.json'} is damaged: {error!r}") from None
     tensors, _ = read_tensors(folder / "optimizer.safetensors")
     try:
         torch.set_rng_state(tensors.pop("random_state"))
@@ -122,6 +123,11 @@ def load_training_state(folder, optimizer):
             i, key = name.split(".")
             entries.setdefault(int(i), {})[key] = value
         optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                shape = optimizer.state[parameter]["exp_avg"].shape   # load_state_dict compares no shapes
+                if shape != parameter.shape:
+                    raise ValueError(f"moments {tuple(shape)} for a parameter {tuple(parameter.shape)}")
     except (KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder / 'optimizer.safetensors'} is not of this run: {error!r}") from None
     return state
@@ -130,7 +136,7 @@ def load_training_state(folder, optimizer):
 def read_config(path):
     try:
         return ModelConfig(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
         raise InputError(f"{path} is not a configuration of this chapter: {error}") from None
 
 

@@ -70,7 +70,7 @@ def read_jsonl(path):
                 documents.append(valid_unicode(json.loads(line)["text"]).strip("\n"))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError(f'{path}, line {number}: expected {{"text": "..."}}') from None
-    return documents
+    return [document for document in documents if document]
 
 
 def read_utf8(path):

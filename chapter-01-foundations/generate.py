@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from bpe_from_scratch import valid_unicode
 from checkpoint import load_model
 from errors import ArgumentParser, InputError, positive, run, seed
 
@@ -29,6 +30,8 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.8, top_
         window = context[-model.config.max_position_embeddings:]   # learned positions end here: older tokens drop out
         logits = model(torch.tensor([window], device=device))[0, -1].float().cpu()   # (V,)
         logits[tokenizer.padding] = float("-inf")   # never a target, so its score means nothing
+        if logits.isnan().any():
+            raise InputError("the model answers nan instead of scores: its training diverged, or its weights are damaged")
         token = sample(logits, temperature, top_k, top_p, dice)
         context = [token] if token == tokenizer.end_of_text else context + [token]
         yield token
@@ -86,6 +89,7 @@ def main():
     model, tokenizer = load_model(arguments.checkpoint)
 
     def answer(prompt):
+        prompt = valid_unicode(prompt)   # a terminal may hand over bytes that are no UTF-8
         tokens = generate(model, tokenizer, tokenizer.encode(prompt), arguments.tokens or arguments.max_new_tokens,
                           arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
         print(prompt, end="", flush=True)
@@ -102,7 +106,7 @@ def main():
             return
         try:
             answer(line.rstrip("\n"))
-        except InputError as error:   # a character the tokenizer does not know ends the answer, not the conversation
+        except InputError as error:   # a bad prompt ends the answer, not the conversation
             print(f"error: {error}", file=sys.stderr)
 
 

@@ -21,7 +21,7 @@ from errors import InputError
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 NAMES = ("tinyshakespeare", "wikitext-2", "python-docs")
-IGNORE = -100     # a target that does not count: the default ignore_index of torch's cross_entropy
+IGNORE = -100   # a target that does not count: the default ignore_index of torch's cross_entropy
 LOOKAHEAD = 256   # windows among which the packer looks for one that fits
 
 
@@ -74,7 +74,7 @@ def read_jsonl(path):
                              ' {"messages": [{"role": "...", "content": "..."}, ...]}') from None
         if documents and learned_text(documents[-1]) is None:
             raise InputError(f"{path}, line {number}: a conversation without an assistant turn: there is nothing to learn")
-    return documents
+    return [document for document in documents if document]
 
 
 def read_document(line):
@@ -89,7 +89,7 @@ def learned_text(document):
     if isinstance(document, str):
         return document
     said = [message["content"] for message in document if message["role"] == "assistant"]
-    return "\n\n".join(said) if said else None
+    return "\n\n".join(said) if any(said) else None
 
 
 def read_utf8(path):

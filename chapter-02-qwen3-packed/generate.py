@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bpe_from_scratch import valid_unicode
 from checkpoint import load_model
 from data import packed_sequence_collate_fn
 from errors import ArgumentParser, InputError, positive, run, seed
@@ -33,6 +34,8 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.8, top_
         batch = packed_sequence_collate_fn([(window, window)]).to(device)
         logits = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)[-1].float().cpu()   # (V,)
         logits[tokenizer.vocab_size:] = float("-inf")   # spare rows of the embedding, never a target
+        if logits.isnan().any():
+            raise InputError("the model answers nan instead of scores: its training diverged, or its weights are damaged")
         token = sample(logits, temperature, top_k, top_p, dice)
         if token == tokenizer.end_of_turn:
             return
@@ -93,6 +96,7 @@ def main():
     model, tokenizer = load_model(arguments.checkpoint)
 
     def answer(prompt):
+        prompt = valid_unicode(prompt)   # a terminal may hand over bytes that are no UTF-8
         if arguments.chat:
             prompt_ids, _ = tokenizer.encode_conversation([{"role": "user", "content": prompt}], answer=True)
         else:
@@ -113,7 +117,7 @@ def main():
             return
         try:
             answer(line.rstrip("\n"))
-        except InputError as error:   # a character the tokenizer does not know ends the answer, not the conversation
+        except InputError as error:   # a bad prompt ends the answer, not the conversation
             print(f"error: {error}", file=sys.stderr)
 
 

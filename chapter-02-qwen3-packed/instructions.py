@@ -22,7 +22,7 @@ from report import write_results
 
 WORDS = ("king queen crown love night sword rose blood heart moon ghost storm ship gold fire tear song grave tower horse "
          "wine dream fool friend enemy brother sister mother father child").split()
-PLACES = {"first": 0, "second": 1, "third": 2, "last": -1}
+PLACES = {"first": 0, "last": -1}
 
 
 def next_number(dice):

@@ -354,8 +354,8 @@ def read_config(path):
     """config.json, as transformers 4 or 5 writes it, -> ModelConfig. Raises InputError for what this model is not."""
     try:
         saved = json.loads(path.read_text())
-        rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}   # transformers 5, 4
-    except (OSError, ValueError, AttributeError) as error:
+        rope = dict(saved.get("rope_parameters") or saved.get("rope_scaling") or {})   # transformers 5, 4
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a configuration: {error}") from None
     found = {"model_type": None, "rope_theta": rope.get("rope_theta"), "eos_token_id": None} | saved
     found |= {"rope_type": rope.get("rope_type", rope.get("type", "default")),
@@ -365,8 +365,9 @@ def read_config(path):
         if found.get(key, value) != value:
             raise InputError(f"{path}: {key} is {found[key]!r}; this chapter's model knows only {value!r}")
     for field in fields(ModelConfig):
-        if not isinstance(found.get(field.name), field.type | int):
-            raise InputError(f"{path}: {field.name} is missing or of the wrong kind: {found.get(field.name)!r}")
+        value = found.get(field.name)
+        if not isinstance(value, field.type | int) or field.type is int and value < 1:
+            raise InputError(f"{path}: {field.name} is missing, of the wrong kind or not above zero: {value!r}")
     try:
         return ModelConfig(**{field.name: found[field.name] for field in fields(ModelConfig)})
     except (AssertionError, ZeroDivisionError) as error:
@@ -376,15 +377,16 @@ def read_config(path):
 def tensor_files(folder):
     """{name of a tensor: the file that holds it}, for one model.safetensors or an index of several files."""
     index = folder / "model.safetensors.index.json"
+    path = index if index.is_file() else folder / "model.safetensors"
     try:
-        if index.is_file():
+        if path == index:
             return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / "model.safetensors")
+        with safe_open(path, framework="pt") as file:
+            return dict.fromkeys(file.keys(), path)
     except FileNotFoundError:
         raise InputError(f"{folder} has neither model.safetensors nor {index.name}") from None
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise InputError(f"the weights in {folder} are damaged: {error}") from None
+        raise InputError(f"{path} is damaged: {error}") from None
 
 
 def read_tensor(path, name, device, dtype):

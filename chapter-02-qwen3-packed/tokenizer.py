@@ -132,14 +132,15 @@ def last_merge(token, ranks):
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint folder: from tokenizer.json, or from vocab.json and merges.txt."""
     folder = Path(folder)
+    one_file = (folder / "tokenizer.json").is_file()
     try:
-        if (folder / "tokenizer.json").is_file():
-            return read_tokenizer_json(folder / "tokenizer.json")
-        return read_vocab_and_merges(folder)
+        return read_tokenizer_json(folder / "tokenizer.json") if one_file else read_vocab_and_merges(folder)
     except OSError as error:
-        raise InputError(f"no tokenizer in {folder}: {error.strerror} ({Path(error.filename).name})") from None
+        raise InputError(f"{folder} has neither tokenizer.json nor vocab.json and its companions:"
+                         f" {Path(error.filename).name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the tokenizer files in {folder} are damaged or of another kind: {error!r}") from None
+        names = "tokenizer.json" if one_file else "vocab.json, merges.txt or tokenizer_config.json"
+        raise InputError(f"{folder}: {names} is damaged or of another kind: {error!r}") from None
 
 
 def read_tokenizer_json(path):

@@ -136,7 +136,7 @@ def start_afresh(arguments, train_documents, device):
         return load_model(arguments.init, device, torch.float32)
     preset = CONFIGS[arguments.config]
     tokenizer = Tokenizer.train(list(map(learned_text, train_documents)), preset.vocab_size)
-    config = replace(preset, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_of_text)
+    config = replace(preset, vocab_size=tokenizer.vocab_size, eos_token_id=[tokenizer.end_of_text, tokenizer.end_of_turn])
     return Transformer(config).to(device), tokenizer
 
 

@@ -3,6 +3,8 @@ import random
 import pytest
 import torch
 
+from chapters import TRAINED, load_chapter, run_here
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs CUDA; skipped where there is none")
@@ -15,6 +17,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(scope="session", params=TRAINED)
+def chapter(request):
+    """Each chapter that has a train.py, in turn."""
+    return load_chapter(request.param)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """A small text of 120 documents of different lengths, made of a few words."""
@@ -25,6 +33,14 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "play.txt"
     path.write_text("\n\n".join(documents))
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(chapter, text_file, tmp_path_factory):
+    """The folder of a run of three steps. Not to be changed: take a copy."""
+    out = tmp_path_factory.mktemp("trained")
+    run_here(chapter.train, "--data", text_file, *chapter.quick, "--steps", 3, "--out", out)
+    return out
 
 
 @pytest.fixture

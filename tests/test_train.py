@@ -1,4 +1,4 @@
-"""Chapter 1's train.py: the loop, its numbers, and a resume that continues bit for bit."""
+"""Every chapter's train.py: the loop, its numbers, and a resume that continues bit for bit."""
 import json
 import os
 import random
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chapters import chapter1
+from chapters import TRAINED, load_chapter, run_here
 
 SUMMARY_KEYS = ("chapter config parameters data steps tokens wall_seconds tokens_per_second peak_memory_bytes val_loss "
                 "val_bits_per_byte flops_per_token mfu device device_name dtype torch seed").split()
@@ -29,74 +29,71 @@ def assert_same_run(a, b):
         assert torch.equal(first[name], second[name]), f"{name} differs between {a} and {b}"
 
 
-def run_here(call, *arguments):
-    status, out, err = call(chapter1.train, *arguments)
-    assert status == 0, err
-    return out
-
-
-def test_the_default_run_starts_and_resumes(tmp_path, text_file):
+def test_the_default_run_starts_and_resumes(chapter, tmp_path, text_file):
     """As a reader types it, in a process of its own; only the data and the budget are small."""
-    done = chapter1.run("train.py", "--data", text_file, "--steps", 4, "--out", tmp_path)
-    assert "bits per byte" in done.stdout and "padding" in done.stdout and "4/4" in done.stderr
-    done = chapter1.run("train.py", "--data", text_file, "--steps", 6, "--out", tmp_path, "--resume")
-    assert "resuming after step 4" in done.stdout
+    done = chapter.run("train.py", "--data", text_file, "--steps", 4, "--out", tmp_path)
+    assert "bits per byte" in done.stdout and chapter.filling in done.stderr and "4/4" in done.stderr
+    device = next(line for line in done.stdout.splitlines() if line.startswith("device "))
+    assert "attention" in device and "float" in device, device
+    printed = run_here(chapter.train, "--data", text_file, "--steps", 6, "--out", tmp_path, "--resume")
+    assert "resuming after step 4" in printed
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 6
-    assert {"config.json", "model.safetensors", "tokenizer.json", "checkpoint", "tensorboard"} <= {p.name for p in tmp_path.iterdir()}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "checkpoint", "tensorboard"} <= written
 
 
-def test_summary_has_the_keys_that_all_chapters_share(tmp_path, text_file, call):
-    run_here(call, "--data", text_file, "--tokenizer", "char", "--steps", 2, "--out", tmp_path)
-    summary = json.loads((tmp_path / "summary.json").read_text())
+def test_summary_has_the_keys_that_all_chapters_share(chapter, trained, text_file):
+    summary = json.loads((trained / "summary.json").read_text())
     assert list(summary) == SUMMARY_KEYS
-    assert summary["chapter"] == "chapter-01-foundations" and summary["steps"] == 2 and summary["mfu"] is None
+    assert summary["chapter"] == chapter.folder.name and summary["data"] == str(text_file) and summary["steps"] == 3
     assert summary["val_bits_per_byte"] > 0 and summary["tokens_per_second"] > 0 and summary["peak_memory_bytes"] > 1e7
+    model, tokenizer = chapter.checkpoint.load_model(trained)
+    assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    _, val_documents = chapter.data.load_documents(text_file)
+    assert summary["val_bits_per_byte"] == pytest.approx(chapter.evaluate(model, val_documents, tokenizer)[1], rel=0.01)
 
 
-def test_tensorboard_holds_scalars_samples_and_hyperparameters(tmp_path, text_file, call):
+def test_tensorboard_holds_scalars_samples_and_hyperparameters(chapter, tmp_path, text_file):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    run_here(call, "--data", text_file, "--tokenizer", "char", "--steps", 4, "--save-every", 2, "--out", tmp_path)
+    run_here(chapter.train, "--data", text_file, *chapter.quick, "--steps", 4, "--save-every", 2, "--out", tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
     tags = events.Tags()
     assert "sample/text_summary" in tags["tensors"] and "_hparams_/experiment" in events.summary_metadata
 
 
-def test_bits_per_byte_counts_every_token_and_byte_once(text_file):
-    """evaluate() against one document at a time, without padding, windows or batches."""
-    data, train = chapter1.data, chapter1.train
-    documents = data.read_text(text_file)[:40] + ["x" * 300]   # the last is longer than the context
-    tokenizer = data.CharTokenizer.train(documents)
-    torch.manual_seed(0)
-    config = chapter1.model.ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32,
-                                        num_hidden_layers=1, num_attention_heads=2, pad_token_id=tokenizer.padding,
-                                        max_position_embeddings=64)
-    model = chapter1.model.Transformer(config)
+def test_bits_per_byte_counts_every_token_and_byte_once(chapter, text_file):
+    """evaluate() against one document at a time, without padding, packing or batches."""
+    documents = chapter.data.read_text(text_file)[:40] + ["".join(random.Random(0).choices("xyz?! 0123", k=300))]
+    tokenizer = chapter.make_tokenizer(documents)
+    model = chapter.make_model(tokenizer, max_position_embeddings=64)
+    assert len(tokenizer.encode(documents[-1])) > 64   # longer than the context
     nats = tokens = 0
     for document in documents:
         ids = torch.tensor([tokenizer.end_of_text, *tokenizer.encode(document), tokenizer.end_of_text])
         for start in range(0, len(ids) - 1, 64):
             inputs, targets = ids[:-1][start:start + 64], ids[1:][start:start + 64]
-            nats -= model(inputs[None])[0].log_softmax(-1).gather(1, targets[:, None]).sum().item()
+            nats -= chapter.logits(model, inputs.tolist()).log_softmax(-1).gather(1, targets[:, None]).sum().item()
             tokens += len(targets)
-    assert tokens == sum(len(document) + 1 for document in documents)
-    per_token, bits = train.evaluate(model, documents, tokenizer, "cpu")
+    assert tokens == sum(len(tokenizer.encode(document)) + 1 for document in documents)
+    per_token, bits = chapter.evaluate(model, documents, tokenizer)
     assert per_token == pytest.approx(nats / tokens, rel=1e-5)
     size = len("\n\n".join(documents).encode())
     assert bits == pytest.approx(nats / 0.6931471805599453 / size, rel=1e-5)
 
 
-def test_schedule():
-    values = [chapter1.train.schedule(i / 1000) for i in range(1000)]
+def test_schedule(chapter):
+    values = [chapter.train.schedule(i / 1000) for i in range(1000)]
     assert 0 < values[0] < 0.05 and max(values) == pytest.approx(1) and values[50] == pytest.approx(1)
     assert values[50:] == sorted(values[50:], reverse=True) and values[-1] == pytest.approx(0.1, abs=1e-3)
 
 
-def test_weight_decay_is_for_matrices_only():
-    model = chapter1.model.Transformer(chapter1.model.ModelConfig(vocab_size=64, hidden_size=16, intermediate_size=32))
-    groups = chapter1.train.adamw(model, 1e-3).param_groups
+def test_weight_decay_is_for_matrices_only(chapter, text_file):
+    model = chapter.make_model(chapter.make_tokenizer(chapter.data.read_text(text_file)))
+    groups = chapter.train.adamw(model, 1e-3).param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert all(parameter.dim() == 2 for parameter in groups[0]["params"])
+    assert all(parameter.dim() == 1 for parameter in groups[1]["params"])
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
@@ -104,14 +101,20 @@ class Killed(BaseException):
     """Ends a run where kill -9 would: no handler may catch it on the way."""
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, text_file, call, monkeypatch, dropout):
+# Chapter 1 alone has dropout: a random state that training itself depends on.
+RUNS = [pytest.param(name, {}, id=name) for name in TRAINED]
+RUNS += [pytest.param(name, {"dropout": 0.2}, id=f"{name}-dropout") for name in TRAINED if name.startswith("chapter-01")]
+
+
+@pytest.mark.parametrize("name, changes", RUNS)
+def test_resumed_equals_uninterrupted_bit_for_bit(name, changes, tmp_path, text_file, monkeypatch):
     """N steps = k steps, killed, resumed: weights, optimizer, order of the data and random state. Three kills in a row."""
-    monkeypatch.setitem(chapter1.model.CONFIGS, "small", chapter1.model.ModelConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, dropout=dropout))
-    run = ["--data", text_file, "--steps", 30, "--save-every", 4]   # the order of the data changes in the second epoch
-    run_here(call, *run, "--out", tmp_path / "whole")
-    adamw = chapter1.train.adamw
+    chapter = load_chapter(name)
+    monkeypatch.setitem(chapter.model.CONFIGS, "small", chapter.model.ModelConfig(**{
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **chapter.sizes, **changes}))
+    run = ["--data", text_file, *chapter.quick, "--steps", 30, "--save-every", 4]
+    run_here(chapter.train, *run, "--out", tmp_path / "whole")
+    adamw = chapter.train.adamw
     for attempt, survives in enumerate([6, 9, 5, 99]):
         def dying(*args):
             optimizer, steps = adamw(*args), []
@@ -122,23 +125,26 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, text_file, call, mon
                     raise Killed
             optimizer.register_step_pre_hook(count)
             return optimizer
-        monkeypatch.setattr(chapter1.train, "adamw", dying)
+        monkeypatch.setattr(chapter.train, "adamw", dying)
         try:
-            run_here(call, *run, "--out", tmp_path / "killed", "--resume")
+            run_here(chapter.train, *run, "--out", tmp_path / "killed", "--resume")
         except Killed:
             assert attempt < 3
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    whole, killed = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed"))
+    whole, killed = (json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("whole", "killed"))
     assert all(whole[key] == killed[key] for key in ("tokens", "steps", "val_bits_per_byte", "flops_per_token"))
+    _, tokenizer = chapter.checkpoint.load_model(tmp_path / "whole")
+    epoch = sum(len(tokenizer.encode(document)) + 1 for document in chapter.data.load_documents(text_file)[0])
+    assert whole["tokens"] > 1.2 * epoch   # the order of the data changes on the way
 
 
-def test_kill_9(tmp_path, text_file):
+def test_kill_9(chapter, tmp_path, text_file):
     """A real kill -9 at random instants, saving after every step. KILLS=20 pytest -k kill_9 for more of them."""
-    kills, dice = int(os.environ.get("KILLS", 3)), random.Random(0)
-    run = ["--data", text_file, "--tokenizer", "char", "--steps", 6 + 3 * kills, "--save-every", 1]
-    chapter1.run("train.py", *run, "--out", tmp_path / "whole")
+    kills, dice = int(os.environ.get("KILLS", 2)), random.Random(0)
+    run = ["--data", text_file, *chapter.quick, "--steps", 6 + 3 * kills, "--save-every", 1]
+    run_here(chapter.train, *run, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    command = [sys.executable, chapter1.folder / "train.py", *map(str, run), "--out", out, "--resume"]
+    command = [sys.executable, chapter.folder / "train.py", *map(str, run), "--out", out, "--resume"]
     for _ in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         events = out / "tensorboard"
@@ -148,33 +154,35 @@ def test_kill_9(tmp_path, text_file):
         time.sleep(dice.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    chapter1.run("train.py", *run, "--out", out, "--resume")
+    run_here(chapter.train, *run, "--out", out, "--resume")
     assert_same_run(tmp_path / "whole", out)
 
 
-def test_a_complete_checkpoint_exists_at_every_instant(tmp_path, text_file, monkeypatch):
+def test_a_complete_checkpoint_exists_at_every_instant(chapter, tmp_path, text_file, monkeypatch):
     """Kill save_checkpoint before each operation on the disk in turn: what is found is whole, and either old or new."""
-    checkpoint, data = chapter1.checkpoint, chapter1.data
-    torch.manual_seed(0)
-    tokenizer = data.CharTokenizer.train(data.read_text(text_file))
-    model = chapter1.model.Transformer(chapter1.model.ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
-    optimizer = chapter1.train.adamw(model, 1e-3)
+    checkpoint = chapter.checkpoint
+    tokenizer = chapter.make_tokenizer(chapter.data.read_text(text_file))
+    model = chapter.make_model(tokenizer, num_hidden_layers=1)
+    optimizer = chapter.train.adamw(model, 1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()   # now it has moments to save
 
     def save(out, step):
         with torch.no_grad():
-            model.model.norm.bias.fill_(step)
+            model.model.norm.weight.fill_(step)
         checkpoint.save_checkpoint(out, model, tokenizer, optimizer, {"step": step})
 
     def found(out):
         folder = checkpoint.complete_checkpoint(out)
         loaded, _ = checkpoint.load_model(folder)
-        step = checkpoint.load_training_state(folder, chapter1.train.adamw(loaded, 1e-3))["step"]
-        assert loaded.model.norm.bias[0] == step, "weights and state are of different steps"
+        step = checkpoint.load_training_state(folder, chapter.train.adamw(loaded, 1e-3))["step"]
+        assert loaded.model.norm.weight[0] == step, "weights and state are of different steps"
         return step
 
-    operations = [(checkpoint, "save_file"), (checkpoint.os, "fsync"), (checkpoint.os, "replace"), (Path, "rename"),
-                  (Path, "write_text"), (Path, "mkdir"), (checkpoint.shutil, "rmtree"), (checkpoint.shutil, "copyfile")]
+    operations = [(module, "save_file") for module in (checkpoint, chapter.model) if hasattr(module, "save_file")]
+    operations += [(checkpoint.os, "fsync"), (checkpoint.os, "replace"), (Path, "rename"), (Path, "write_text"),
+                   (Path, "mkdir"), (checkpoint.shutil, "rmtree"), (checkpoint.shutil, "copyfile")]
     outcomes = []
     for survives in range(100):
         out = tmp_path / str(survives)

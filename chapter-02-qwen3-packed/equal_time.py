@@ -1,0 +1,43 @@
+"""Chapter 1 and this chapter, the same documents, the same minutes: who has read more, and who predicts better?
+
+    python equal_time.py        (in this folder; about three minutes; writes results/equal_time.json)
+
+Each run is a process of its own, as a reader would start it. 75 seconds are for training; the last validation comes on top.
+"""
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from errors import ArgumentParser, run
+from report import write_results
+
+CHAPTERS = ("chapter-01-foundations", "chapter-02-qwen3-packed")
+
+
+def train(chapter, source):
+    """One row: the summary of a run of 75 seconds."""
+    with tempfile.TemporaryDirectory() as out:
+        script = Path(__file__).resolve().parent.parent / chapter / "train.py"
+        subprocess.run([sys.executable, script, "--data", source, "--minutes", "1.25", "--out", out], check=True)
+        summary = json.loads((Path(out) / "summary.json").read_text())
+    return {"chapter": chapter, "parameters": summary["parameters"], "mflops": summary["flops_per_token"] / 1e6,
+            "tokens_per_second": summary["tokens_per_second"], "tokens": summary["tokens"],
+            "peak_mib": summary["peak_memory_bytes"] / 2 ** 20, "seconds": summary["wall_seconds"],
+            "val_bits_per_byte": summary["val_bits_per_byte"]}
+
+
+def main():
+    parser = ArgumentParser(description="Train chapter 1 and this chapter for the same time, and compare.")
+    parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH", help="as in train.py")
+    source = parser.parse_args().data
+    rows = [train(chapter, source) for chapter in CHAPTERS]
+    columns = {"chapter": "chapter", "parameters": "parameters", "mflops": "MFLOPs per useful token",
+               "tokens_per_second": "useful tokens/s", "tokens": "useful tokens", "peak_mib": "peak MiB", "seconds": "seconds",
+               "val_bits_per_byte": "bits per byte"}
+    print(write_results("equal_time", "python chapter-02-qwen3-packed/equal_time.py", columns, rows))
+
+
+if __name__ == "__main__":
+    run(main)
