@@ -50,7 +50,7 @@ def main():
         rows.append(row | {key: summary[key] for key in ("parameters", "steps", "tokens_per_second", "val_bits_per_byte")})
     columns = {"variant": "variant", "parameters": "parameters", "steps": "steps", "tokens_per_second": "tokens/s",
                "mib": "peak MiB", "val_bits_per_byte": "bits per byte"}
-    print(write_results("ablations", "python chapter-01-foundations/ablations.py", columns, rows))
+    print(write_results("ablations", "python chapter-01-foundations/ablations.py", columns, rows, data=summary["data"]))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main():
     rows.append(gpt_row(source))
     columns = {"model": "model", "parameters": "parameters", "context": "context, tokens", "seconds": "seconds",
                "val_bits_per_byte": "bits per byte"}
-    print(write_results("lineage", "python chapter-01-foundations/lineage.py", columns, rows))
+    print(write_results("lineage", "python chapter-01-foundations/lineage.py", columns, rows, data=source))
     draw(rows)
 
 

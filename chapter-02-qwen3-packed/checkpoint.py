@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any instant, and a resume that continues bit for bit.
 
     OUT/checkpoint/          everything a resumed run needs, replaced as a whole
-    OUT/config.json          the model for everyone else: generate.py, transformers, vLLM
+    OUT/config.json          the model for everyone else: generate.py, transformers
     OUT/model.safetensors
     OUT/tokenizer.json
     OUT/tokenizer_config.json

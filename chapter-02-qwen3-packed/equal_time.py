@@ -36,7 +36,7 @@ def main():
     columns = {"chapter": "chapter", "parameters": "parameters", "mflops": "MFLOPs per useful token",
                "tokens_per_second": "useful tokens/s", "tokens": "useful tokens", "peak_mib": "peak MiB", "seconds": "seconds",
                "val_bits_per_byte": "bits per byte"}
-    print(write_results("equal_time", "python chapter-02-qwen3-packed/equal_time.py", columns, rows))
+    print(write_results("equal_time", "python chapter-02-qwen3-packed/equal_time.py", columns, rows, data=source))
 
 
 if __name__ == "__main__":

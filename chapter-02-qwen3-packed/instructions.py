@@ -1,11 +1,11 @@
 """A small instruction set whose answers can be checked: make the conversations, and score a model on unseen ones.
 
     python instructions.py write instructions.jsonl          (in this folder)
-    python train.py --init out --data instructions.jsonl --learning-rate 1e-3 --out out-chat
+    python train.py --init out --data instructions.jsonl --learning-rate 2e-3 --out out-chat
     python instructions.py score out out-chat
 
 A pretrained model continues text. It has never seen a question that somebody answered, so it does not answer. Fine-tuning
-shows it some thousand conversations, with the loss on the answers only, and then it does. Whether it has understood or
+shows it thousands of conversations, with the loss on the answers only, and then it does. Whether it has understood or
 learned by heart is decided by questions that were kept out of the training: a tenth of all, by their hash.
 """
 import hashlib
@@ -26,7 +26,7 @@ PLACES = {"first": 0, "last": -1}
 
 
 def next_number(dice):
-    number = dice.randrange(1000)
+    number = dice.randrange(10_000)
     return f"What number comes after {number}?", str(number + 1)
 
 
@@ -55,18 +55,19 @@ def held_out(question):
 
 
 def examples(kind, number, seed, wanted):
-    """number pairs (question, answer) of one kind, all held out or none, as wanted says."""
-    dice, found = random.Random(f"{kind.__name__} {seed}"), []
+    """number pairs (question, answer) of one kind, no two alike, all held out or none, as wanted says."""
+    dice, found = random.Random(f"{kind.__name__} {seed}"), {}
     while len(found) < number:
         question, answer = kind(dice)
         if held_out(question) == wanted:
-            found.append((question, answer))
-    return found
+            found[question] = answer
+    return list(found.items())
 
 
 def write(path, number=20_000):
     pairs = [pair for kind in KINDS for pair in examples(kind, number // len(KINDS), 0, wanted=False)]
     random.Random(0).shuffle(pairs)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         for question, answer in pairs:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

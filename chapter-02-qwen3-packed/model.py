@@ -31,7 +31,7 @@ from errors import InputError
 class ModelConfig:
     vocab_size: int = 1024
     hidden_size: int = 128
-    intermediate_size: int = 384         # width of the MLP, by custom 3 * hidden_size: two branches share the work
+    intermediate_size: int = 384         # width of the MLP, 3 * hidden_size; 8/3 would cost what GPT-2's MLP of width 4 does
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
     num_key_value_heads: int = 2         # each serves num_attention_heads / num_key_value_heads query heads
@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()   # the sum of squares of a few hundred bfloat16 numbers would lose most of its digits
+        y = x.float()   # in bfloat16 the factor would be off by up to half a percent, for all dimensions alike
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
@@ -97,7 +97,7 @@ def rotary_angles(position_ids, head_dim, theta, dtype):
 def rotate(x, cos, sin):
     """Rotary position embedding of x (T, H or G, K) (Su et al. 2021).
 
-    The dot product of a query turned by m steps and a key turned by n depends on m - n only: attention sees distances.
+    Turn a query by m steps and a key by n, and m and n enter their dot product as m - n only: attention sees distances.
     A pair is one dimension of the first half and its twin of the second, not two neighbours as in the paper. Both work,
     but weights trained with one are useless with the other.
     """
@@ -146,7 +146,7 @@ def grouped_attention(q, k, v, groups):
     """Causal attention within each document, one library call for each stack of group_by_length: sum(length^2) work."""
     shapes, order, back = groups
     sizes = [shape.numel() for shape in shapes]
-    # index_select, not q[order]: the backward pass of the latter takes far longer.
+    # index_select, not q[order]: on several threads the backward pass of the latter takes far longer.
     q, k, v = (x.index_select(0, order).split(sizes) for x in (q, k, v))
     mixed = []
     for shape, *stack in zip(shapes, q, k, v):
@@ -185,7 +185,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-        # Queries and keys of fixed size cannot drive the softmax into saturation, however long the training.
+        # After these, how large a score can get depends on two learned vectors only, not on every weight before them.
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
@@ -268,7 +268,8 @@ class Transformer(nn.Module):
         """input_ids (T,) -> logits (T, V): at each position, scores for the token that comes next.
 
         position_ids (T,): each token's place in its document, from 0. cu_seqlens (S+1,) int32 and max_seqlen: where the
-        documents lie, see packed_attention. Raises InputError if they do not fit together.
+        documents lie, see packed_attention. Raises InputError if they do not fit together; on a GPU the values of
+        cu_seqlens are not looked at, and of position_ids never more than the shape.
         """
         check_packing(input_ids, position_ids, cu_seqlens, max_seqlen)
         assert max_seqlen <= self.config.max_position_embeddings, (
@@ -429,7 +430,7 @@ def load_pretrained(dir_or_hub_id, device="cpu", dtype=None):
 
 
 def save_pretrained(model, folder, remarks={}):
-    """Write config.json and model.safetensors, a folder that load_pretrained, transformers and vLLM open.
+    """Write config.json and model.safetensors, a folder that load_pretrained and transformers open.
 
     remarks: {name: text} to keep in the header of model.safetensors.
     """

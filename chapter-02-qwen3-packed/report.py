@@ -25,15 +25,17 @@ def device_name(device="cpu"):
     return f"{name}, {os.cpu_count()} cores"
 
 
-def write_results(name, command, columns, rows, device="cpu"):
+def write_results(name, command, columns, rows, device="cpu", data=None):
     """Write results/NAME.json.
 
     columns: {key: heading} in the order of the table. rows: one dict per line; a missing key reads "not measured".
+    data: what was read, since without network it may be another text than the command names.
     """
     record = {
         "command": command,
         "machine": device_name(device),
         "torch": torch.__version__,
+        "data": data and str(data),
         "date": datetime.date.today().isoformat(),
         "columns": columns,
         "rows": rows,

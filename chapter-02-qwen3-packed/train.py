@@ -107,7 +107,10 @@ def loss_sum(model, batch):
 
 @torch.no_grad()
 def evaluate(model, documents, tokenizer, batch_tokens, device):
-    """Validation: (nats per token, bits per byte) over every token of the documents, their ends included."""
+    """Validation: (nats per token, bits per byte) over every token of the documents, their ends included.
+
+    Of a conversation, over what the assistant says.
+    """
     model.eval()
     windows, _ = tokenize(documents, tokenizer, min(batch_tokens, model.config.max_position_embeddings))
     nats = tokens = 0
@@ -268,7 +271,8 @@ def main():
     print(write_sample(model, tokenizer, val_documents[0], 200), end="\n\n")
     print(f"{bits:.4f} bits per byte on the validation documents ({nats:.4f} nats per token) after {state['step']:,} steps,"
           f" {state['tokens']:,} tokens, {state['seconds']:.0f} s; {summary['tokens_per_second']:,.0f} tokens/s")
-    print(f'talk to it: python {Path(__file__).parent.name}/generate.py "ROMEO:" 200 --checkpoint {arguments.out}')
+    prompt = '"ROMEO:" 200' if isinstance(val_documents[0], str) else '--chat "..." 200'
+    print(f"talk to it: python {Path(__file__).parent.name}/generate.py {prompt} --checkpoint {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def table(path):
     rows = [list(columns.values()), ["---", *["---:"] * (len(columns) - 1)]]
     rows += [[cell(row.get(key)) for key in columns] for row in result["rows"]]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    source = f"`{result['command']}` on {result['machine']}, torch {result['torch']}, {result['date']}"
+    data = f" with {result['data']}" if result.get("data") else ""
+    source = f"`{result['command']}`{data} on {result['machine']}, torch {result['torch']}, {result['date']}"
     return "\n".join([*lines, "", f"<sub>{source}</sub>"]) + "\n"
 
 
