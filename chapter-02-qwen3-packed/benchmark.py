@@ -233,7 +233,7 @@ def main():
         columns["speed"] = "times `transformers` padded"
     if arguments.device == "cuda":
         columns["mfu"] = "MFU"
-    command = "python chapter-02-qwen3-packed/benchmark.py" + "".join(f" {argument}" for argument in sys.argv[1:])
+    command = f"python {Path(__file__).resolve().parent.name}/benchmark.py" + "".join(f" {argument}" for argument in sys.argv[1:])
     name = f"benchmark_{arguments.config}_{arguments.device}" + "_padding_free" * arguments.padding_free
     print(write_results(name, command, columns, rows, arguments.device, source))
 
