@@ -29,6 +29,9 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 def save_checkpoint(out, model, tokenizer, optimizer, state):
     """Write OUT/checkpoint/ and the model files beside it. state: what else to remember, as JSON can hold it."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise InputError(f"the training diverged: its weights are not finite; a checkpoint in {out} is kept as it was;"
+                         " try a lower --learning-rate")
     try:
         write_checkpoint(out, model, tokenizer, optimizer, state)
     except (OSError, SafetensorError) as error:
@@ -113,7 +116,7 @@ def load_training_state(folder, optimizer):
     try:
         state = json.loads((folder / "state.json").read_text())
         state["step"]   # KeyError: it is the state of something else
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder / 'state.json'} is damaged: {error!r}") from None
     tensors, _ = read_tensors(folder / "optimizer.safetensors")
     try:
@@ -128,7 +131,7 @@ def load_training_state(folder, optimizer):
                 shape = optimizer.state[parameter]["exp_avg"].shape   # load_state_dict compares no shapes
                 if shape != parameter.shape:
                     raise ValueError(f"moments {tuple(shape)} for a parameter {tuple(parameter.shape)}")
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{folder / 'optimizer.safetensors'} is not of this run: {error!r}") from None
     return state
 

@@ -68,14 +68,14 @@ def read_jsonl(path):
         try:
             if line.strip():
                 documents.append(valid_unicode(json.loads(line)["text"]).strip("\n"))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f'{path}, line {number}: expected {{"text": "..."}}') from None
     return [document for document in documents if document]
 
 
 def read_utf8(path):
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")   # some editors begin a file with a mark that is no text
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
     except OSError as error:

@@ -40,7 +40,7 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.8, top_
 def sample(logits, temperature, top_k, top_p, dice):
     """One token id from logits (V,). temperature 0 takes the best; top_k keeps the k best, top_p (Holtzman et al. 2020)
     the fewest best tokens whose probabilities reach p."""
-    if temperature == 0:
+    if temperature < 1e-30:   # 0, or so little that float32 cannot divide by it
         return logits.argmax().item()
     # The best score moves to 0 first: softmax does not mind, and dividing by a tiny temperature gives -inf, not nan.
     scores, ids = ((logits - logits.max()) / temperature).sort(descending=True)   # (V,), best first

@@ -118,7 +118,6 @@ def peak_memory(device):
 
 def start_afresh(arguments, train_documents, val_documents, device):
     """A new tokenizer and a new model for it."""
-    shutil.rmtree(arguments.out / "tensorboard", ignore_errors=True)
     preset = CONFIGS[arguments.config]
     if arguments.tokenizer == "bpe":
         tokenizer = BPETokenizer.train(train_documents, preset.vocab_size)
@@ -193,6 +192,8 @@ def main():
     print(f"model   {arguments.config}: {model.num_parameters():,} parameters, {tokenizer.vocab_size:,} {tokenizer.kind} tokens")
     print(f"device  {device} ({device_name(device)}), float32 (chapter 4 uses less);"
           " attention as matrices of all scores (chapter 2 computes fewer)")
+    if not checkpoint:   # the curves of an earlier run would mix with these
+        shutil.rmtree(arguments.out / "tensorboard", ignore_errors=True)
     writer = SummaryWriter(arguments.out / "tensorboard", purge_step=state["step"])
     bar = tqdm(total=arguments.steps, initial=state["step"], unit="step", dynamic_ncols=True)
     seen = {}                   # what the bar shows

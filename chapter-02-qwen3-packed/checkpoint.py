@@ -29,6 +29,9 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 
 def save_checkpoint(out, model, tokenizer, optimizer, state):
     """Write OUT/checkpoint/ and the model files beside it. state: what else to remember, as JSON can hold it."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise InputError(f"the training diverged: its weights are not finite; a checkpoint in {out} is kept as it was;"
+                         " try a lower --learning-rate")
     try:
         write_checkpoint(out, model, tokenizer, optimizer, state)
     except (OSError, SafetensorError) as error:
@@ -94,7 +97,7 @@ def load_model(dir_or_hub_id, device="cpu", dtype=None):
         raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding in"
                          f" config.json only {model.config.vocab_size} rows")
     trained_with = read_metadata(folder / "model.safetensors").get("tokenizer")
-    if trained_with and trained_with != sha256(folder / "tokenizer.json"):
+    if trained_with and (folder / "tokenizer.json").is_file() and trained_with != sha256(folder / "tokenizer.json"):
         raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than tokenizer.json holds")
     return model, tokenizer
 
@@ -104,7 +107,7 @@ def load_training_state(folder, optimizer):
     try:
         state = json.loads((folder / "state.json").read_text())
         state["step"]   # KeyError: it is the state of something else
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder / 'state.json'} is damaged: {error!r}") from None
     tensors, _ = read_tensors(folder / "optimizer.safetensors")
     try:
@@ -119,7 +122,7 @@ def load_training_state(folder, optimizer):
                 shape = optimizer.state[parameter]["exp_avg"].shape   # load_state_dict compares no shapes
                 if shape != parameter.shape:
                     raise ValueError(f"moments {tuple(shape)} for a parameter {tuple(parameter.shape)}")
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{folder / 'optimizer.safetensors'} is not of this run: {error!r}") from None
     return state
 

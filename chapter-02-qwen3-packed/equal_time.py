@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from errors import ArgumentParser, run
+from errors import ArgumentParser, InputError, run
 from report import write_results
 
 CHAPTERS = ("chapter-01-foundations", "chapter-02-qwen3-packed")
@@ -20,7 +20,9 @@ def train(chapter, source):
     """One row: the summary of a run of 75 seconds."""
     with tempfile.TemporaryDirectory() as out:
         script = Path(__file__).resolve().parent.parent / chapter / "train.py"
-        subprocess.run([sys.executable, script, "--data", source, "--minutes", "1.25", "--out", out], check=True)
+        done = subprocess.run([sys.executable, script, "--data", source, "--minutes", "1.25", "--out", out])
+        if done.returncode != 0:
+            raise InputError(f"{chapter}/train.py ended with status {done.returncode}")
         summary = json.loads((Path(out) / "summary.json").read_text())
     return {"chapter": chapter, "parameters": summary["parameters"], "mflops": summary["flops_per_token"] / 1e6,
             "tokens_per_second": summary["tokens_per_second"], "tokens": summary["tokens"],

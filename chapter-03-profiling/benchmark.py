@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from data import IGNORE, fetch, load_documents, packed_sequence_collate_fn, tokenize, training_packs
+from data import IGNORE, fetch, learned_text, load_documents, packed_sequence_collate_fn, tokenize, training_packs
 from errors import ArgumentParser, positive, run
 from model import CONFIGS, Transformer
 from report import write_results
@@ -132,7 +132,7 @@ def build(config_name, device):
 def first_packs(config, source, budget, number):
     """The first packs of a training run, made of the training documents; the small BPE tokens serve both configurations."""
     train_documents, _ = load_documents(source)
-    tokenizer = Tokenizer.train(train_documents, CONFIGS["small"].vocab_size)
+    tokenizer = Tokenizer.train(list(map(learned_text, train_documents)), CONFIGS["small"].vocab_size)
     windows, _ = tokenize(train_documents, tokenizer, min(budget, CONFIGS[config].max_position_embeddings))
     return list(itertools.islice(training_packs(windows, budget, seed=0), number))
 

@@ -70,7 +70,7 @@ def read_jsonl(path):
         try:
             if line.strip():
                 documents.append(read_document(json.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f'{path}, line {number}: expected {{"text": "..."}} or'
                              ' {"messages": [{"role": "...", "content": "..."}, ...]}') from None
         if documents and learned_text(documents[-1]) is None:
@@ -95,7 +95,7 @@ def learned_text(document):
 
 def read_utf8(path):
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")   # some editors begin a file with a mark that is no text
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
     except OSError as error:
@@ -208,13 +208,14 @@ def pack(windows, budget, order):
     order, queue = iter(order), []
     while queue := queue + list(itertools.islice(order, LOOKAHEAD - len(queue))):
         room, chosen, waiting = budget, [], []
-        for i in queue:
-            if len(windows[i][0]) <= room:
-                chosen.append(windows[i])
-                room -= len(windows[i][0])
-            else:
-                waiting.append(i)
-        queue = waiting
+        while queue and not waiting:   # as long as all have found room there may be more of it
+            for i in queue:
+                if len(windows[i][0]) <= room:
+                    chosen.append(windows[i])
+                    room -= len(windows[i][0])
+                else:
+                    waiting.append(i)
+            queue = waiting or list(itertools.islice(order, LOOKAHEAD))
         yield chosen
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from errors import ArgumentParser, positive, run
+from errors import ArgumentParser, InputError, positive, run
 from report import FIGURES, write_results
 
 CHAPTERS = sorted(path.parent.name for path in Path(__file__).resolve().parent.parent.glob("chapter-*/train.py"))
@@ -24,7 +24,9 @@ def train(chapter, source, *budget):
     """The summary of a chapter's default run."""
     with tempfile.TemporaryDirectory() as out:
         script = Path(__file__).resolve().parent.parent / chapter / "train.py"
-        subprocess.run([sys.executable, script, "--data", source, "--out", out, *budget], check=True)
+        done = subprocess.run([sys.executable, script, "--data", source, "--out", out, *budget])
+        if done.returncode != 0:
+            raise InputError(f"{chapter}/train.py ended with status {done.returncode}")
         return json.loads((Path(out) / "summary.json").read_text())
 
 

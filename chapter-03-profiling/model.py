@@ -331,19 +331,20 @@ def read_config(path):
     try:
         saved = json.loads(path.read_text())
         rope = dict(saved.get("rope_parameters") or saved.get("rope_scaling") or {})   # transformers 5, 4
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        found = {"model_type": None, "rope_theta": rope.get("rope_theta"), "eos_token_id": None} | saved
+        found |= {"rope_type": rope.get("rope_type", rope.get("type", "default")),
+                  "layer_types": set(saved.get("layer_types") or ()) | {"full_attention"}}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a configuration: {error}") from None
-    found = {"model_type": None, "rope_theta": rope.get("rope_theta"), "eos_token_id": None} | saved
-    found |= {"rope_type": rope.get("rope_type", rope.get("type", "default")),
-              "layer_types": set(saved.get("layer_types") or ()) | {"full_attention"}}
     known = SUPPORTED | {"rope_type": "default", "layer_types": {"full_attention"}, "quantization_config": None}
     for key, value in known.items():
         if found.get(key, value) != value:
             raise InputError(f"{path}: {key} is {found[key]!r}; this chapter's model knows only {value!r}")
     for field in fields(ModelConfig):
         value = found.get(field.name)
-        if not isinstance(value, field.type | int) or field.type is int and value < 1:
-            raise InputError(f"{path}: {field.name} is missing, of the wrong kind or not above zero: {value!r}")
+        is_number = field.type in (int, float) and type(value) in (int, field.type) and 0 < value < 2 ** 31
+        if not is_number and (field.type in (int, float) or not isinstance(value, field.type)):
+            raise InputError(f"{path}: {field.name} is missing, of the wrong kind, not above zero or too large: {value!r}")
     try:
         return ModelConfig(**{field.name: found[field.name] for field in fields(ModelConfig)})
     except (AssertionError, ZeroDivisionError) as error:
@@ -353,7 +354,8 @@ def read_config(path):
 def tensor_files(folder):
     """{name of a tensor: the file that holds it}, for one model.safetensors or an index of several files."""
     index = folder / "model.safetensors.index.json"
-    path = index if index.is_file() else folder / "model.safetensors"
+    path = folder / "model.safetensors"   # where there are both, the single file counts, as in transformers
+    path = index if index.is_file() and not path.is_file() else path
     try:
         if path == index:
             return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
@@ -361,7 +363,7 @@ def tensor_files(folder):
             return dict.fromkeys(file.keys(), path)
     except FileNotFoundError:
         raise InputError(f"{folder} has neither model.safetensors nor {index.name}") from None
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
 
 
@@ -374,6 +376,8 @@ def read_tensor(path, name, device, dtype):
     try:
         with safe_open(path, framework="pt") as file:
             tensor = file.get_tensor(name)
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                raise InputError(f"{path}: {name} is {tensor.dtype}; this model computes with 16 bits or more, no integers")
             return tensor.to(device, dtype or tensor.dtype, copy=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file, {name} cannot be read: {error}") from None
@@ -388,14 +392,21 @@ def load_pretrained(dir_or_hub_id, device="cpu", dtype=None):
     with torch.device("meta"):   # shapes without memory; the file's tensors then take the place of the model's own
         model = Transformer(read_config(folder / "config.json"))
     expected, files = model.state_dict(), tensor_files(folder)
+    head = None
     if model.config.tie_word_embeddings:
-        for tensors in (expected, files):   # Qwen's own files hold the tied table twice
-            tensors.pop("lm_head.weight", None)
+        del expected["lm_head.weight"]
+        head = files.pop("lm_head.weight", None)   # Qwen's own files hold the tied table twice
     for what, names in {"missing": expected.keys() - files.keys(), "unknown": files.keys() - expected.keys()}.items():
         if names:
             raise InputError(f"{folder}: {len(names)} {what} tensors, the first is {min(names)}")
-    weights = {name: read_tensor(files[name], name, device, dtype) for name in expected}
-    for name, weight in weights.items():
+    table = "model.embed_tokens.weight"
+    if head and not torch.equal(read_tensor(head, "lm_head.weight", device, dtype),
+                                read_tensor(files[table], table, device, dtype)):
+        raise InputError(f"{head}: lm_head.weight is not {table}, but config.json says tie_word_embeddings")
+    weights = {}
+    for name in expected:
+        weight = weights[name] = read_tensor(files[name], name, device, dtype)
+        dtype = dtype or weight.dtype   # one for all: that of the first
         if weight.shape != expected[name].shape:
             raise InputError(f"{files[name]}: {name} is {tuple(weight.shape)},"
                              f" config.json says {tuple(expected[name].shape)}")

@@ -138,7 +138,7 @@ def load_tokenizer(folder):
     except OSError as error:
         raise InputError(f"{folder} has neither tokenizer.json nor vocab.json and its companions:"
                          f" {Path(error.filename).name}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         names = "tokenizer.json" if one_file else "vocab.json, merges.txt or tokenizer_config.json"
         raise InputError(f"{folder}: {names} is damaged or of another kind: {error!r}") from None
 
@@ -147,11 +147,11 @@ def read_tokenizer_json(path):
     contents = json.loads(path.read_text(encoding="utf-8"))
     model, before = contents["model"], contents["pre_tokenizer"]
     patterns = [step["pattern"]["Regex"] for step in before.get("pretokenizers", []) if step["type"] == "Split"]
-    if model["type"] != "BPE" or len(patterns) != 1 or contents["normalizer"] != {"type": "NFC"}:
+    if model["type"] != "BPE" or len(patterns) != 1 or not patterns[0] or contents["normalizer"] != {"type": "NFC"}:
         raise InputError(f"{path} is not of Qwen's kind: byte-level BPE after one regular expression, on NFC text")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     added = {token["id"]: token for token in contents["added_tokens"]}
-    return Tokenizer(check_ranks(model["vocab"], merges, path), *special_tokens_and_marks(added), patterns[0])
+    return Tokenizer(check_ranks(model["vocab"], merges, added, path), *special_tokens_and_marks(added), patterns[0])
 
 
 def read_vocab_and_merges(folder):
@@ -159,7 +159,7 @@ def read_vocab_and_merges(folder):
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    return Tokenizer(check_ranks(vocab, merges, folder / "vocab.json"), *special_tokens_and_marks(added))
+    return Tokenizer(check_ranks(vocab, merges, added, folder / "vocab.json"), *special_tokens_and_marks(added))
 
 
 def special_tokens_and_marks(added):
@@ -168,9 +168,14 @@ def special_tokens_and_marks(added):
             frozenset(token["content"] for token in added.values() if not token["special"]))
 
 
-def check_ranks(vocab, merges, path):
+def check_ranks(vocab, merges, added, path):
     """{bytes: id} for tiktoken, which takes the id of a token for the age of its merge. In these files they could differ."""
     ranks = {to_bytes(token): i for token, i in vocab.items()}
+    ids = [*vocab.values(), *map(int, added)]
+    if not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids) or len(set(ids)) < len(ids):
+        raise InputError(f"{path}: the ids of the tokens are not different numbers from 0 up")
+    if not {bytes([byte]) for byte in range(256)} <= ranks.keys():
+        raise InputError(f"{path}: not every byte has a token of its own")
     ages = [vocab[left + right] for left, right in merges]
     if ages != sorted(ages) or len(ranks) != 256 + len(merges):
         raise InputError(f"{path}: the ids are not in the order of the merges, which tiktoken cannot express")

@@ -144,7 +144,6 @@ def peak_memory(device):
 
 def start_afresh(arguments, train_documents, device):
     """Pretrained weights and their tokenizer, or a new tokenizer and a new model for it."""
-    shutil.rmtree(arguments.out / "tensorboard", ignore_errors=True)
     if arguments.init:
         return load_model(arguments.init, device, torch.float32)
     preset = CONFIGS[arguments.config]
@@ -229,6 +228,8 @@ def main():
           f" {cut:,} of more than {max_length} tokens cut into windows, {len(windows):,} in all")
     print(f"model   {arguments.init or arguments.config}: {model.num_parameters():,} parameters, {tokenizer.vocab_size:,} tokens")
     print(f"device  {device} ({device_name(device)}), {dtype}; {attention_path(device, dtype)}")
+    if not checkpoint:   # the curves of an earlier run would mix with these
+        shutil.rmtree(arguments.out / "tensorboard", ignore_errors=True)
     writer = SummaryWriter(arguments.out / "tensorboard", purge_step=state["step"])
     bar = tqdm(total=arguments.steps, initial=state["step"], unit="step", dynamic_ncols=True)
     seen = {}                   # what the bar shows

@@ -164,6 +164,11 @@ def python_docs(chapter):
     return documents, chapter.make_tokenizer(documents[::20], 1024)
 
 
+def test_a_large_budget_is_filled_with_more_documents_than_the_packer_looks_at_in_once(chapter):
+    windows = [([0] * 20, [0] * 20)] * 1000
+    assert [len(pack) for pack in chapter.data.pack(windows, 8000, range(1000))] == [400, 400, 200]
+
+
 def test_training_packs_depend_on_nothing_but_their_arguments(chapter, windows):
     def packs(seed, start=0, stop=60):
         return list(itertools.islice(chapter.data.training_packs(windows, 200, seed), start, stop))

@@ -463,6 +463,35 @@ def test_damaged_shards_are_named(tmp_path):
     expect_error("damaged", load=tmp_path)
 
 
+def test_the_single_file_counts_where_there_is_an_old_index_too(folder):
+    """As transformers does. Otherwise training into a folder of shards would seem to have changed nothing."""
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "gone"}}))
+    qwen3.load_pretrained(folder)
+
+
+def test_a_tied_head_that_differs_from_the_table_is_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
+    expect_error("lm_head.weight", "tie_word_embeddings", load=folder)
+
+
+def test_weights_of_several_dtypes_become_one_and_integers_are_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight if "norm" in name else weight.bfloat16() for name, weight in weights.items()},
+              folder / "model.safetensors")
+    assert {weight.dtype for weight in qwen3.load_pretrained(folder).parameters()} == {torch.bfloat16}
+    save_file(weights | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, folder / "model.safetensors")
+    expect_error("model.norm.weight", "int8", load=folder)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(layer_types=5), dict(layer_types=[{}]), dict(vocab_size=True), dict(hidden_size=10 ** 30), dict(rms_norm_eps=-1.0),
+    dict(rope_parameters={"rope_theta": 0.0}, rope_theta=0.0), dict(rms_norm_eps=float("inf"))], ids=str)
+def test_numbers_that_no_model_has_are_named(folder, changes):
+    edit_config(folder, **changes)
+    expect_error("config.json", load=folder)
+
+
 def test_hub_names(monkeypatch, folder):
     asked = []
     monkeypatch.setattr(qwen3.huggingface_hub, "snapshot_download",

@@ -69,6 +69,16 @@ def test_only_what_the_assistant_says_is_learned(tokenizer):
     assert ids.count(tokenizer.end_of_turn) == len(CHAT)   # one a message, whatever people type
 
 
+@pytest.mark.parametrize("vocab", [{"!": True}, {"!": -1}, {"!": 2 ** 40}, {"!": 50}, {"!": None}], ids=str)
+def test_ids_that_cannot_be_are_named(tokenizer, tmp_path, vocab):
+    tokenizer.save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    saved["model"]["vocab"] |= vocab
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(chapter2.errors.InputError):
+        chapter2.tokenizer.load_tokenizer(tmp_path)
+
+
 def test_marks_in_a_text_become_their_tokens(tokenizer, tmp_path):
     special = tokenizer.special_tokens | {"<think>": tokenizer.vocab_size, "</think>": tokenizer.vocab_size + 1}
     marked = chapter2.tokenizer.Tokenizer(tokenizer.ranks, special, frozenset({"<think>", "</think>"}))

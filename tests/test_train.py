@@ -138,6 +138,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name, changes, tmp_path, text_
     assert whole["tokens"] > 1.2 * epoch   # the order of the data changes on the way
 
 
+def test_a_run_that_diverges_keeps_the_checkpoint_before(chapter, tmp_path, text_file, monkeypatch):
+    run = ["--data", text_file, *chapter.quick, "--save-every", 2, "--out", tmp_path]
+    run_here(chapter.train, *run, "--steps", 2)
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: clip(parameters, float("nan")))
+    with pytest.raises(chapter.errors.InputError, match="diverged"):
+        run_here(chapter.train, *run, "--steps", 4, "--resume")
+    monkeypatch.undo()
+    run_here(chapter.train, *run, "--steps", 4, "--resume")
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 4
+
+
 def test_kill_9(chapter, tmp_path, text_file):
     """A real kill -9 at random instants, saving after every step. KILLS=20 pytest -k kill_9 for more of them."""
     kills, dice = int(os.environ.get("KILLS", 2)), random.Random(0)
