@@ -7,7 +7,7 @@ A step cannot be faster than its arithmetic at the machine's best rate, nor than
 bandwidth. Which of the two binds is what a roofline shows (Williams et al. 2009). The share of the first limit that a step
 reaches is its model FLOPs utilization, MFU (Chowdhery et al. 2022, appendix B).
 
-The counts come from the configuration and cu_seqlens alone; tests/test_flops.py holds them against torch's own counter.
+The counts come from the configuration and cu_seqlens alone; tests/test_profiling.py holds them against torch's own counter.
 """
 import functools
 import time

@@ -147,6 +147,15 @@ def run_here(module, *arguments):
     return printed.getvalue()
 
 
+def expect_error(result, *words):
+    """result: (exit status, standard output, standard error) of a command that must fail with one line holding the words."""
+    status, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in err, result
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+
+
 CHAPTERS = sorted(path.name for path in CHAPTERS_ROOT.glob("chapter-0*"))
 TRAINED = [name for name in CHAPTERS if (CHAPTERS_ROOT / name / "train.py").is_file()]
 chapter1 = Chapter1("chapter-01-foundations")

@@ -8,21 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chapters import chapter1, run_here
+from chapters import chapter1, expect_error, run_here
 
 
 @pytest.fixture
 def out(trained, tmp_path):
     """A copy of a finished run, to be damaged."""
     return shutil.copytree(trained, tmp_path / "out")
-
-
-def expect_error(result, *words):
-    status, _, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and "Traceback" not in err, result
-    for word in words:
-        assert str(word) in lines[0], (word, lines[0])
 
 
 def truncate(path):

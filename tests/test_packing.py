@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chapters import TRAINED, chapter1, run_here
+from chapters import TRAINED, chapter1, expect_error, run_here
 
 pytestmark = pytest.mark.parametrize("chapter", [name for name in TRAINED if name != chapter1.folder.name], indirect=True)
 CHAT = [{"role": "system", "content": "Be brief."},
@@ -279,14 +279,6 @@ def test_spare_rows_of_the_embedding_are_never_sampled(chapter, tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
-
-def expect_error(result, *words):
-    status, _, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and "Traceback" not in err, result
-    for word in words:
-        assert str(word) in lines[0], (word, lines[0])
-
 
 @pytest.mark.parametrize("line, words", [
     ({"messages": CHAT[:2]}, ["without an assistant turn"]), ({"messages": []}, ["without an assistant turn"]),
