@@ -60,7 +60,7 @@ def step_bytes(config, T, size=4):
     matrices = [(D, H * K), (D, G * K), (D, G * K), (H * K, D), (D, F), (D, F), (F, D)] * N + [(D, V)]
     matmul = sum(3 * (a * b + T * (a + b)) for a, b in matrices)      # forward, and two products backward
     # Passes over a tensor of the given width, forward and backward together, reads and writes: see the README.
-    norm, rotation, gate, residual = 24, 20, 12, 6
+    norm, rotation, gate, residual = 22, 20, 12, 6
     elementwise = N * T * (norm * (2 * D + (H + G) * K) + rotation * (H + G) * K + gate * F + 2 * residual * D)
     loss = 10 * T * V
     return {"matmul": size * matmul, "norms and elementwise": size * elementwise, "loss": size * loss,

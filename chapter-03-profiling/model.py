@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
 from errors import InputError
-from operators import grouped_attention, stacks
+from operators import RMSNormalize, grouped_attention, stacks
 
 
 @dataclass
@@ -79,9 +79,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()   # in bfloat16 the factor would be off by up to half a percent, for all dimensions alike
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return RMSNormalize.apply(x, self.weight, self.eps)
 
 
 def rotary_angles(position_ids, head_dim, theta, dtype):

@@ -1,8 +1,11 @@
-"""Attention within each document as one operator with its gradient written out.
+"""Two operators with their gradients written out: attention within each document, and RMSNorm.
 
 Chapter 2 left this to autograd: about a dozen nodes for each stack of equal documents, about fifteen stacks in each layer.
 torch.compile cannot follow that: a loop whose length depends on the batch would have to be compiled anew for every batch.
 A custom operator is opaque: one node for autograd, one call for the compiler, whatever happens inside.
+
+RMSNorm needs nothing of the kind, the compiler can follow it. But autograd, which knows no formula, only steps, goes over
+its input about thirty times and keeps two tensors for it. On paper the gradient is short.
 
 T, H, G, K: as in model.py.
 """
@@ -73,3 +76,29 @@ def backward(ctx, grads):
 
 
 grouped_attention.register_autograd(backward, setup_context=save_for_backward)
+
+
+# ------------------------------------------------------------------------------------------------------------ RMSNorm
+
+class RMSNormalize(torch.autograd.Function):
+    """weight * y with y = x / sqrt(mean(x^2) + eps), over the last dimension.
+
+    y does not change with the length of x. So of the gradient that reaches y, the part along y itself is taken away, and what
+    is left is divided by x's length as x was: dx = (dy - y * mean(dy * y)) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y = x.float()   # in bfloat16 the factor would be off by up to half a percent, for all dimensions alike
+        factor = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        y = (y * factor).to(x.dtype)
+        ctx.save_for_backward(y, weight, factor)
+        return weight * y
+
+    @staticmethod
+    def backward(ctx, dout):
+        y, weight, factor = ctx.saved_tensors
+        dy = (dout * weight).float()
+        along = (dy * y).mean(-1, keepdim=True)
+        dx = dy.addcmul(y, along, value=-1) * factor
+        return dx.to(y.dtype), (dout * y).flatten(0, -2).sum(0), None

@@ -102,7 +102,7 @@ def draw_roofline(config, cu_seqlens, times, device, path):
               "optimizer": (moved["optimizer"] / 4, moved["optimizer"])}   # about a FLOP for each number
     figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    intensities = [2.0 ** i for i in range(-4, 9)]
+    intensities = [2 ** -4, rate / bandwidth, 2 ** 8]   # the roof and its ridge
     axes.loglog(intensities, [min(rate, bandwidth * i) / 1e9 for i in intensities], color="#888888")
     for name, (work, size) in points.items():
         x, y = work / size, work / times[name] / 1e9

@@ -6,6 +6,7 @@
 Writes to --out: the model (config.json, model.safetensors, tokenizer files), checkpoint/ for --resume, tensorboard/, and
 summary.json with the numbers of the run.
 """
+import ctypes
 import hashlib
 import itertools
 import json
@@ -83,6 +84,18 @@ def prepare_folder(out):
         (out / "probe.tmp").unlink()
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def keep_memory():
+    """Let glibc keep the memory that torch frees, for the next tensor. Elsewhere than on Linux this does nothing.
+
+    It gives each block of 128 KiB or more back to the system at once, and the system hands out every page of a new one
+    emptied: two thousand interruptions in a step of the small model.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 32 << 20)   # M_MMAP_THRESHOLD, in bytes: the largest that is allowed
+        libc.mallopt(-1, 1 << 30)    # M_TRIM_THRESHOLD: free bytes at the end of the heap before any go back
 
 
 def adamw(model, learning_rate, weight_decay=0.1):
@@ -193,6 +206,7 @@ def write_summary(arguments, state, model, source, device, nats, bits):
 
 def main():
     start = time.perf_counter()
+    keep_memory()
     arguments = parse_arguments()
     device = choose_device(arguments.device)
     dtype = compute_dtype(device)

@@ -1,0 +1,310 @@
+"""From chapter 4 on: the loss in chunks, recomputed layers, accumulated packs, scaled and rounded gradients, counted bytes."""
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
+
+from chapters import TRAINED, expect_error, load_chapter, run_here
+
+PRECISE = [name for name in TRAINED if hasattr(load_chapter(name), "precision")]
+pytestmark = pytest.mark.parametrize("chapter", PRECISE, indirect=True)
+
+
+def small_config(chapter, **changes):
+    return chapter.model.ModelConfig(**{"vocab_size": 70, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+                                        "head_dim": 16, **changes})
+
+
+def batch_of(chapter, lengths, masked=0, seed=0):
+    """Documents of random tokens; the first `masked` targets of each do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(70, (length + 1,), generator=generator).tolist() for length in lengths]
+    return chapter.data.packed_sequence_collate_fn(
+        [(document[:-1], [-100] * masked + document[1 + masked:]) for document in ids])
+
+
+def random_model(chapter, **changes):
+    torch.manual_seed(0)
+    model = chapter.model.Transformer(small_config(chapter, **changes))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1, 0.2)   # norms that do something
+    return model
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= tolerance * (b.abs().max() + 1e-2), (a - b).abs().max() / b.abs().max()
+
+
+# ----------------------------------------------------------------------------------------- the loss without the logits
+
+@pytest.mark.parametrize("T", [1, 7, 16, 50])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_in_chunks_equals_the_plain_one(chapter, T, tied, monkeypatch):
+    monkeypatch.setattr(chapter.linear_cross_entropy, "CHUNK", 16)
+    model = random_model(chapter, tie_word_embeddings=tied)
+    batch = batch_of(chapter, (T,), masked=T // 3)
+    model_inputs = batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
+    plain = F.cross_entropy(model(*model_inputs), batch.targets, reduction="sum")
+    chunked = model(*model_inputs, batch.targets)
+    torch.testing.assert_close(chunked, plain)
+    assert_same(gradients(model, chunked / 3), gradients(model, plain / 3))
+    with torch.no_grad():
+        torch.testing.assert_close(model(*model_inputs, batch.targets), plain)
+
+
+def test_loss_in_chunks_never_holds_all_logits(chapter, monkeypatch):
+    monkeypatch.setattr(chapter.linear_cross_entropy, "CHUNK", 16)
+    x, weight = torch.randn(512, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+    for loss_of, whole in ((chapter.linear_cross_entropy.linear_cross_entropy, False), (chapter.linear_cross_entropy.plain, True)):
+        with chapter.held.Held() as held:
+            loss_of(x, weight, torch.randint(300, (512,))).backward()
+        assert (held.peak > 512 * 300 * 4) == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_in_chunks_in_few_bits(chapter, dtype):
+    """Against the exact gradient: no worse than twice what torch makes of the same inputs, and nothing vanishes in float16."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 32), torch.randn(5000, 32)
+    targets = torch.randint(5000, (40,))
+
+    def grads(loss_of):
+        inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with torch.autocast("cpu", dtype):
+            loss = loss_of(*inputs, targets)
+        return torch.autograd.grad(loss / 40 * 2 ** 10, inputs)
+
+    exact_inputs = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    exact = torch.autograd.grad(chapter.linear_cross_entropy.plain(*exact_inputs, targets) / 40 * 2 ** 10, exact_inputs)
+    for ours, theirs, right in zip(grads(chapter.linear_cross_entropy.linear_cross_entropy), grads(chapter.linear_cross_entropy.plain), exact):
+        assert (ours - right).norm() <= 2 * (theirs - right).norm() + 1e-3 * right.norm()
+        assert ours.dtype == torch.float32
+
+
+def test_loss_script_runs(chapter):
+    assert "gradients differ" in run_here(chapter.linear_cross_entropy)
+
+
+# ---------------------------------------------------------------------------------------------- activation checkpointing
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["full", "selective", "by hand"])
+def test_recomputed_layers_have_the_same_gradients(chapter, checkpointing, precision, monkeypatch):
+    monkeypatch.setitem(chapter.checkpointing.RUN, "by hand", chapter.checkpointing.recompute)
+    model, batch = random_model(chapter), batch_of(chapter, (3, 9, 9, 20))
+    expected = chapter.train.loss_sum(model, batch, precision)
+    expected_gradients = gradients(model, expected)
+    model.checkpointing = checkpointing
+    loss = chapter.train.loss_sum(model, batch, precision)
+    assert loss.equal(expected)
+    assert_same(gradients(model, loss), expected_gradients, tolerance=0)
+
+
+def test_recomputing_runs_a_layer_twice_and_saves_memory(chapter):
+    config = small_config(chapter, num_hidden_layers=8)
+    held = {choice: chapter.memory.held_by_a_step(config, 512, checkpointing=choice, fake=False) for choice in chapter.checkpointing.RUN}
+    assert held["full"] < held["selective"] < held["none"], held
+
+
+# ---------------------------------------------------------------------------------------------------------- accumulation
+
+def test_accumulated_packs_equal_one_large_batch(chapter, text_file, tmp_path, monkeypatch):
+    """train.py's own loop: the gradient of its first step, over packs of unequal numbers of targets, against one batch of all."""
+    found = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        parameters = list(parameters)
+        found.append([parameter.grad.clone() for parameter in parameters])
+        return clip(parameters, limit)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    text = [json.loads(json.dumps({"messages": [{"role": "user", "content": "a " * (5 * i)}, {"role": "assistant", "content": "b " * (90 // (i + 1))}]}))
+            for i in range(40)]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join(map(json.dumps, text)))
+    arguments = ("--data", chats, "--batch-tokens", 200, "--steps", 1)
+    run_here(chapter.train, *arguments, "--accumulate", 3, "--out", tmp_path / "a")
+
+    model, tokenizer = chapter.checkpoint.load_model(tmp_path / "a")
+    documents, _ = chapter.data.load_documents(chats)
+    windows, _ = chapter.data.tokenize(documents, tokenizer, 200)
+    packs = list(itertools.islice(chapter.data.training_packs(windows, 200, 0), 3))
+    counts = [sum(target != -100 for _, targets in pack for target in targets) for pack in packs]
+    assert max(counts) > 1.5 * min(counts), counts
+    torch.manual_seed(0)   # the model as it was before the step
+    model = chapter.model.Transformer(replace(model.config))
+    whole = chapter.data.packed_sequence_collate_fn(sum(packs, []))
+    expected = gradients(model, chapter.train.loss_sum(model, whole) / sum(counts))
+    assert_same(found[0], expected, tolerance=1e-4)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["tokens"] == sum(len(ids) for pack in packs for ids, _ in pack) and summary["steps"] == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- precision
+
+def test_scaler_equals_that_of_torch(chapter):
+    """The same weights and the same scale after steps of which some overflow."""
+    ours, theirs = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizers = [torch.optim.AdamW([weight], lr=0.1) for weight in (ours, theirs)]
+    scaler, reference = chapter.precision.GradScaler("fp16", interval=3), torch.amp.GradScaler("cpu", growth_interval=3)
+    scales = []
+    for step in range(20):
+        spoiled = float("inf") if step in (2, 3, 9, 17) else 1.0
+        slopes = torch.randn(4, generator=torch.Generator().manual_seed(step)) * spoiled
+        for weight, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+        ((ours * slopes).sum() * scaler.scale).backward()
+        scaler.unscale([ours])
+        finite = ours.grad.isfinite().all().item()
+        if finite:
+            optimizers[0].step()
+        scaler.update(finite)
+        reference.scale((theirs * slopes).sum()).backward()
+        reference.step(optimizers[1])
+        reference.update()
+        assert scaler.scale == reference.get_scale() and torch.equal(ours, theirs), step
+        scales.append(scaler.scale)
+    assert any(a < b for a, b in zip(scales, scales[1:])) and any(a > b for a, b in zip(scales, scales[1:]))
+
+
+def test_scaler_of_other_precisions_does_nothing(chapter):
+    scaler = chapter.precision.GradScaler("bf16")
+    for finite in [True] * 2000 + [False]:
+        scaler.update(finite)
+    assert scaler.scale == 1
+
+
+def test_stochastic_rounding_is_right_on_average(chapter):
+    torch.manual_seed(0)
+    x = torch.tensor([1.0, 1.001, -3.14159, 1e-30, 70000.3, 1 / 3])
+    rounded = chapter.precision.round_stochastically(x.repeat(20_000, 1)).double()
+    lower = x.view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32).double()
+    upper = (x.view(torch.int32).bitwise_and(-(1 << 16)) + (1 << 16)).view(torch.float32).double()
+    assert ((rounded == lower) | (rounded == upper)).all()
+    assert (rounded[:, 0] == 1).all()   # what bfloat16 can hold stays
+    error = (rounded.mean(0) - x.double()).abs() / (upper - lower).abs()
+    assert error.max() < 4 * 0.5 / math.sqrt(20_000), error   # four standard errors
+
+
+@pytest.mark.parametrize("precision, tolerance", [("bf16", 0.02), ("fp16", 0.01), ("bf16-pure", 0.05)])
+def test_few_bits_stay_near_float32(chapter, precision, tolerance, text_file, tmp_path):
+    losses = {}
+    for name in ("fp32", precision):
+        run_here(chapter.train, "--data", text_file, *chapter.quick, "--steps", 25, "--precision", name, "--out", tmp_path / name)
+        losses[name] = json.loads((tmp_path / name / "summary.json").read_text())["val_bits_per_byte"]
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=tolerance) and losses[precision] != losses["fp32"]
+    stored = load_file(tmp_path / precision / "model.safetensors")["model.embed_tokens.weight"].dtype
+    assert stored == (torch.bfloat16 if precision == "bf16-pure" else torch.float32)
+
+
+def test_what_a_device_has_not_is_refused(chapter, text_file, tmp_path, call):
+    expect_error(call(chapter.train, "--data", text_file, "--device", "cpu", "--precision", "tf32", "--out", tmp_path),
+                 "tf32", "cpu", "fp32")
+
+
+# ------------------------------------------------------------------------------------------------------------- not finite
+
+def spoil(chapter, monkeypatch, steps):
+    """Let the loss of these calls be nan."""
+    calls, loss_sum = itertools.count(1), chapter.train.loss_sum
+    monkeypatch.setattr(chapter.train, "loss_sum", lambda model, batch, *rest: loss_sum(model, batch, *rest) * (
+        float("nan") if torch.is_grad_enabled() and next(calls) in steps else 1))
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(chapter, text_file, tmp_path, monkeypatch, call):
+    spoil(chapter, monkeypatch, {3, 4, 7})
+    status, _, err = call(chapter.train, "--data", text_file, *chapter.quick, "--steps", 8, "--out", tmp_path)
+    assert status == 0 and "skipped=3" in err
+    state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
+    assert state["skipped"] == 3 and state["step"] == 8
+    assert all(weight.isfinite().all() for weight in load_file(tmp_path / "model.safetensors").values())
+
+
+def test_too_many_in_a_row_end_the_run_and_leave_the_checkpoint(chapter, text_file, tmp_path, monkeypatch, call):
+    spoil(chapter, monkeypatch, range(11, 99))
+    expect_error(call(chapter.train, "--data", text_file, *chapter.quick, "--steps", 90, "--save-every", 5, "--out", tmp_path),
+                 "20 steps in a row", "step 30", "--learning-rate")
+    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 25
+    chapter.checkpoint.load_model(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- memory
+
+def test_held_counts_what_lives(chapter):
+    with chapter.held.Held() as held:
+        a = torch.ones(1000)
+        view = a.view(10, 100)[3:]
+        b = a + 1
+        assert held.now == 8000
+        del a
+        assert held.now == 8000   # the view keeps it
+        del view, b
+        assert held.now == 0 and held.peak == 8000
+
+
+def test_held_counts_what_the_profiler_counts(chapter, tmp_path):
+    """A model that is nearly all table, whose two gradients meet at the end of the way back."""
+    config = small_config(chapter, vocab_size=5000, num_hidden_layers=1)
+    torch.manual_seed(0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model = chapter.model.Transformer(config)
+        optimizer = chapter.train.adamw(model, 1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            chapter.train.loss_sum(model, chapter.memory.packed_batch(64, 64, 5000)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    peak = max(found["args"]["Total Allocated"] for found in events if found.get("name") == "[memory]")
+    for fake in (True, False):
+        assert chapter.memory.held_by_a_step(config, 64, fake=fake) == pytest.approx(peak, rel=0.01)
+    assert chapter.memory.predict(config, 64)["peak"] == pytest.approx(peak, rel=0.02)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
+def test_predicted_memory_is_within_five_percent(chapter, precision, checkpointing, accumulate):
+    """In real numbers for the small model; in fake ones for four layers of Qwen3 0.6B with 4,096 tokens."""
+    large = replace(chapter.model.CONFIGS["qwen3-0.6b"], num_hidden_layers=4)
+    for config, T, fake in ((chapter.model.CONFIGS["small"], 1024, False), (large, 4096, True)):
+        predicted = chapter.memory.predict(config, T, precision, checkpointing, accumulate)["peak"]
+        held = chapter.memory.held_by_a_step(config, T, precision, checkpointing, accumulate, fake=fake)
+        assert predicted == pytest.approx(held, rel=0.05), (T, predicted / held)
+
+
+def test_autocast_by_hand_equals_that_of_torch(chapter):
+    assert "equal to the last bit" in run_here(chapter.autocast_by_hand)
+
+
+def test_curves_of_rounded_weights(chapter, text_file, tmp_path, monkeypatch):
+    """Nearest rounding loses the small steps, the other two keep them; each weight stays on bfloat16's grid."""
+    curves = chapter.rounding_curves
+    for way in list(curves.COLOURS)[1:]:
+        torch.manual_seed(0)
+        weight, lost = torch.ones(1000), torch.zeros(1000)
+        for _ in range(200):
+            before = weight.clone()
+            weight += 0.001
+            curves.keep(weight, before, lost, way)
+            assert torch.equal(weight, weight.bfloat16().float())
+        moved = weight.mean().item() - 1
+        assert moved == 0 if way.endswith("nearest") else moved == pytest.approx(0.2, abs=0.005), (way, moved)
+    monkeypatch.setattr(curves, "FIGURES", tmp_path)
+    monkeypatch.setattr(chapter.report, "RESULTS", tmp_path)
+    monkeypatch.setitem(chapter.model.CONFIGS, "small", small_config(chapter, vocab_size=300))
+    printed = run_here(curves, "--data", text_file, "--steps", 30)
+    assert all(way in printed for way in curves.COLOURS) and (tmp_path / "rounding_curves.png").stat().st_size > 5_000
