@@ -10,6 +10,7 @@ counts, pack by pack. Every way must arrive at the same loss. Writes results/cha
 import itertools
 import multiprocessing
 import random
+import shutil
 import sys
 import threading
 import time
@@ -182,13 +183,15 @@ def measure(ways, source):
 
 
 def main():
-    from errors import ArgumentParser
+    from errors import ArgumentParser, InputError
     from data import fetch
     from report import write_results
     parser = ArgumentParser(description="The same training steps with each change and without it.")
     parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH", help="as in train.py")
     parser.add_argument("--without-compile", action="store_true", help="leave the compiled step out")
     arguments = parser.parse_args()
+    if not arguments.without_compile and not any(map(shutil.which, ("g++", "clang++"))):
+        raise InputError("the last row needs a C++ compiler, g++ or clang++; leave it out: --without-compile")
     ways = WAYS[:-1] if arguments.without_compile else WAYS
     source = fetch(arguments.data)
     found = measure(ways, source)

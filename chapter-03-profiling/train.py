@@ -30,7 +30,7 @@ from data import (IGNORE, fetch, fill, learned_text, load_documents, num_bytes, 
 from errors import ArgumentParser, InputError, positive, run, seed
 from flops import gemm_ceiling
 from generate import generate
-from model import CONFIGS, Transformer, attention_path
+from model import CONFIGS, Transformer, attention_path, varlen_obstacle
 from report import device_name
 from tokenizer import Tokenizer
 
@@ -212,6 +212,8 @@ def main():
     dtype = compute_dtype(device)
     if arguments.compile and device == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise InputError("--compile on a CPU needs a C++ compiler, g++ or clang++; there is none on the path")
+    if arguments.compile and device != "cpu" and varlen_obstacle(torch.device(device), dtype):
+        raise InputError(f"--compile on {device} needs attention in one kernel: {varlen_obstacle(torch.device(device), dtype)}")
     prepare_folder(arguments.out)
     torch.manual_seed(arguments.seed)
     source = fetch(arguments.data)
@@ -269,7 +271,7 @@ def main():
             if arguments.compile:
                 batch = fill(batch, arguments.batch_tokens)
             if arguments.profile and profiler is None:
-                profiler = profiling.start(arguments.out / "profile", model.config, batch, device)
+                profiler = profiling.start(arguments.out / "profile", model.config, batch, device, dtype)
             batch = batch.to(device)
         # The mean over targets that count. Dividing by T instead would let the users' questions scale the gradient.
         loss = loss_of(model, batch) / (batch.targets != IGNORE).sum()

@@ -7,7 +7,7 @@
 A useful token is one that a document contains; padding is none. FLOPs per useful token count all that a way computes for
 it, padding included: their ratio is the prediction, that of the tokens per second the measurement. Each step is a whole
 training step: forward, backward, gradient norm, AdamW. The four ways take turns, so that a slow minute of the machine
-falls on all of them, and before the clock starts they must give the same loss. Writes results/benchmark_CONFIG_DEVICE.json.
+falls on all of them, and before the clock starts they must give the same loss. Writes results/benchmark_CONFIG_DEVICE_PRECISION.json.
 
 `transformers` is here to be compared with. Nothing else in this chapter imports it.
 """

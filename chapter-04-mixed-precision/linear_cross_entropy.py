@@ -69,7 +69,9 @@ def linear_cross_entropy(x, weight, targets):
     x (T, D), weight (V, D), targets (T,). Holds (C, V) numbers instead of (T, V).
     """
     # Inside the function autograd is always off; whether anybody wants gradients has to be asked here.
-    return LinearCrossEntropy.apply(x.to(compute_dtype(x)), weight, targets, torch.is_grad_enabled())
+    x, with_gradients = x.to(compute_dtype(x)), torch.is_grad_enabled()
+    with torch.autocast(x.device.type, enabled=False):   # it would cast what is float32 on purpose
+        return LinearCrossEntropy.apply(x, weight, targets, with_gradients)
 
 
 # ------------------------------------------------------------------------------------------------ three ways compared

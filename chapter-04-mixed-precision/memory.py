@@ -88,7 +88,8 @@ def packed_batch(T, length, vocab_size):
 
 class HeldInAStep(Held):
     """Held, for a way back. Where a tensor is used twice autograd adds its second gradient to the first in place, but not while
-    a mode looks on: then it makes a third. No operator of the model adds two tensors while gradients are off.
+    a mode looks on: then it makes a third. Nothing else adds two tensors while gradients are off, but for the random bits of
+    StochasticAdamW, a small piece at a time.
     """
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):

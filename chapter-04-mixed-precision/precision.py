@@ -2,7 +2,8 @@
 
     fp32        everything in float32
     tf32        float32 in memory; the GPU's matrix units round what they multiply to 10 bits behind the point
-    bf16        matrix products in bfloat16, by autocast; weights, moments, norms and the loss in float32
+    bf16        matrix products in bfloat16, by autocast, and what lies between them within attention and MLP;
+                weights, moments, norms, the loss, and what goes from layer to layer in float32
     fp16        the same in float16, whose range is so small that the loss must be scaled up and the gradients down
     bf16-pure   weights, gradients and moments in bfloat16: half the memory, and a rounding that is left to chance
 

@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
@@ -30,8 +29,11 @@ REST, PYTHON = "norms and elementwise", "Python and waiting"
 ORDER = ("matmul", "attention", REST, "loss head", "optimizer", "data", PYTHON)
 
 
-def group(event, vocab_size):
-    """Which of ORDER an event's own time belongs to: that of the outermost range that has one, else its own name's."""
+def group(event, head):
+    """Which of ORDER an event's own time belongs to: that of a range around it that has one, else its own name's.
+
+    head: the three sizes of the last matrix multiplication, T, D and V, sorted. V alone would not do: T may be as large.
+    """
     names, parent = [], event
     while parent is not None and not parent.name.startswith("ProfilerStep"):
         names.append(parent.name)
@@ -39,30 +41,43 @@ def group(event, vocab_size):
     if not names:
         return PYTHON   # the step itself: the time in which no operator ran
     for name, pattern in GROUPS.items():
-        if any(re.search(pattern, text) for text in names):
-            is_head = name == "matmul" and any(vocab_size in shape for shape in event.input_shapes or [] if shape)
-            return "loss head" if is_head else name
+        # A multiplication goes by its own name: around it may be one whose gradient recomputes a whole layer (chapter 4).
+        if any(re.search(pattern, text) for text in (names[:1] if name == "matmul" else names)):
+            return "loss head" if name == "matmul" and sizes(event) == head else name
     return REST
 
 
-def group_times(events, vocab_size):
+def sizes(event):
+    """The three sizes of a matrix multiplication (m, k) @ (k, n), sorted."""
+    shapes = [shape for shape in event.input_shapes or [] if len(shape) == 2]
+    return sorted([*shapes[0], shapes[1][1]]) if len(shapes) > 1 else None
+
+
+def step_of(event):
+    """The step that an event happened in, or None."""
+    while event is not None and not event.name.startswith("ProfilerStep"):
+        event = event.cpu_parent
+    return event
+
+
+def group_times(events, config):
     """{group: seconds for one step}, and the seconds of a step. Each moment counts once, so the groups sum to the step."""
     steps = [event for event in events if event.name.startswith("ProfilerStep")]
+    tokens = {step_of(event): event.input_shapes[1][0] for event in events if event.name == "aten::embedding"}
     times = defaultdict(float)
     for event in events:
-        inside = event
-        while inside is not None and not inside.name.startswith("ProfilerStep"):
-            inside = inside.cpu_parent
-        if inside is not None:
-            times[group(event, vocab_size)] += event.self_cpu_time_total / 1e6 / len(steps)
+        step = step_of(event)
+        if step is not None:
+            head = sorted([tokens.get(step, 0), config.hidden_size, config.vocab_size])
+            times[group(event, head)] += event.self_cpu_time_total / 1e6 / len(steps)
     return dict(times), sum(step.cpu_time_total for step in steps) / 1e6 / len(steps)
 
 
-def predicted_times(config, cu_seqlens, device):
+def predicted_times(config, cu_seqlens, device, dtype):
     """{group: the seconds that the machine's ceilings allow it}: the slower of its arithmetic and its memory traffic."""
     flops = {part: sum(pair) for part, pair in step_flops(config, cu_seqlens).items()}
     moved = step_bytes(config, cu_seqlens[-1].item())
-    rate, bandwidth = gemm_ceiling(device, torch.float32), bandwidth_ceiling(device)
+    rate, bandwidth = gemm_ceiling(device, dtype), bandwidth_ceiling(device)
     return {"matmul": max(flops["linear"] / rate, moved["matmul"] / bandwidth), "attention": flops["attention"] / rate,
             "loss head": flops["head"] / rate + moved["loss"] / bandwidth, REST: moved[REST] / bandwidth,
             "optimizer": moved["optimizer"] / bandwidth}
@@ -90,11 +105,11 @@ def draw_memory(trace, path):
     figure.savefig(path)
 
 
-def draw_roofline(config, cu_seqlens, times, device, path):
+def draw_roofline(config, cu_seqlens, times, device, dtype, path):
     """FLOPs per byte against FLOP/s, for the groups whose FLOPs and bytes are known, under the machine's two ceilings."""
     flops = {part: sum(pair) for part, pair in step_flops(config, cu_seqlens).items()}
     moved = step_bytes(config, cu_seqlens[-1].item())
-    rate, bandwidth = gemm_ceiling(device, torch.float32), bandwidth_ceiling(device)
+    rate, bandwidth = gemm_ceiling(device, dtype), bandwidth_ceiling(device)
     width = config.num_attention_heads + config.num_key_value_heads
     attention_bytes = 4 * 8 * cu_seqlens[-1].item() * width * config.head_dim * config.num_hidden_layers
     points = {"matmul": (flops["linear"], moved["matmul"]), "attention": (flops["attention"], attention_bytes),
@@ -117,19 +132,19 @@ def draw_roofline(config, cu_seqlens, times, device, path):
     figure.savefig(path)
 
 
-def start(folder, config, batch, device):
+def start(folder, config, batch, device, dtype):
     """A running torch.profiler, to be told of each step: it stops by itself, prints the table and draws the pictures.
 
-    batch: a PackedBatch like those of the run, on the CPU, for the prediction.
+    batch: a PackedBatch like those of the run, on the CPU, for the prediction. dtype: what its matrices are multiplied in.
     """
     def report(profiler):
         tensorboard_trace_handler(str(folder))(profiler)
-        times, step_time = group_times(profiler.events(), config.vocab_size)
-        predicted = predicted_times(config, batch.cu_seqlens, device)
+        times, step_time = group_times(profiler.events(), config)
+        predicted = predicted_times(config, batch.cu_seqlens, device, dtype)
         print_table(times, step_time, predicted)
         (folder / "steps.json").write_text(json.dumps({"step": step_time, "measured": times, "predicted": predicted}, indent=2))
         draw_memory(max(folder.glob("*.pt.trace.json")), folder / "memory.png")
-        draw_roofline(config, batch.cu_seqlens, times, device, folder / "roofline.png")
+        draw_roofline(config, batch.cu_seqlens, times, device, dtype, folder / "roofline.png")
 
     folder.mkdir(parents=True, exist_ok=True)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])

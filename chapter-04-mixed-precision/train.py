@@ -30,7 +30,7 @@ from data import (IGNORE, fetch, fill, learned_text, load_documents, num_bytes, 
 from errors import ArgumentParser, InputError, positive, run, seed
 from flops import gemm_ceiling
 from generate import generate
-from model import CONFIGS, Transformer, attention_path
+from model import CONFIGS, Transformer, attention_path, varlen_obstacle
 from precision import DTYPES, GradScaler, StochasticAdamW, autocast, choose_precision
 from report import device_name
 from tokenizer import Tokenizer
@@ -212,8 +212,14 @@ def main():
     arguments = parse_arguments()
     device = choose_device(arguments.device)
     arguments.precision = choose_precision(arguments.precision, device)
+    dtype = DTYPES[arguments.precision]
     if arguments.compile and device == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise InputError("--compile on a CPU needs a C++ compiler, g++ or clang++; there is none on the path")
+    if arguments.accumulate > 1 and (arguments.profile or (device == "cuda" and arguments.compile in ("reduce-overhead", "max-autotune"))):
+        raise InputError("--accumulate goes neither with --profile, which looks at single packs, nor with recorded launches"
+                         " (--compile reduce-overhead or max-autotune), whose gradients the next pack overwrites")
+    if arguments.compile and device != "cpu" and varlen_obstacle(torch.device(device), dtype):
+        raise InputError(f"--compile on {device} needs attention in one kernel: {varlen_obstacle(torch.device(device), dtype)}")
     prepare_folder(arguments.out)
     torch.manual_seed(arguments.seed)
     source = fetch(arguments.data)
@@ -247,8 +253,7 @@ def main():
     print(f"data    {source}: {len(train_documents):,} documents to train on, {len(val_documents):,} to validate;"
           f" {cut:,} of more than {max_length} tokens cut into windows, {len(windows):,} in all")
     print(f"model   {arguments.init or arguments.config}: {model.num_parameters():,} parameters, {tokenizer.vocab_size:,} tokens")
-    print(f"device  {device} ({device_name(device)}), {arguments.precision}: products in {DTYPES[arguments.precision]};"
-          f" {attention_path(device, DTYPES[arguments.precision])}")
+    print(f"device  {device} ({device_name(device)}), {arguments.precision}: products in {dtype}; {attention_path(device, dtype)}")
     if not checkpoint:   # the curves of an earlier run would mix with these
         shutil.rmtree(arguments.out / "tensorboard", ignore_errors=True)
     writer = SummaryWriter(arguments.out / "tensorboard", purge_step=state["step"])
@@ -276,7 +281,7 @@ def main():
             if arguments.compile:
                 batches = [fill(batch, arguments.batch_tokens) for batch in batches]
             if arguments.profile and profiler is None:
-                profiler = profiling.start(arguments.out / "profile", model.config, batches[0], device)
+                profiler = profiling.start(arguments.out / "profile", model.config, batches[0], device, dtype)
             # The mean over targets that count. Dividing by T instead would let the users' questions scale the gradient.
             count = sum((batch.targets != IGNORE).sum().item() for batch in batches)
         optimizer.zero_grad()   # before the way forward: old gradients would take part in its peak
@@ -296,7 +301,7 @@ def main():
         if skipped == PATIENCE:
             bar.close()
             raise InputError(f"the gradient was not finite in {PATIENCE} steps in a row, the last one step {state['step'] + 1};"
-                             f" a checkpoint in {arguments.out} is kept as it was; try a lower --learning-rate")
+                             f" a checkpoint in {arguments.out} is kept as it was; try a lower --learning-rate, and instead of fp16 bf16")
 
         state["step"] += 1
         state["skipped"] += not finite

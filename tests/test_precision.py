@@ -74,8 +74,9 @@ def test_loss_in_chunks_never_holds_all_logits(chapter, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_loss_in_chunks_in_few_bits(chapter, dtype):
+def test_loss_in_chunks_in_few_bits(chapter, dtype, monkeypatch):
     """Against the exact gradient: no worse than twice what torch makes of the same inputs, and nothing vanishes in float16."""
+    monkeypatch.setattr(chapter.linear_cross_entropy, "CHUNK", 16)
     torch.manual_seed(0)
     x, weight = torch.randn(40, 32), torch.randn(5000, 32)
     targets = torch.randint(5000, (40,))
@@ -196,6 +197,23 @@ def test_stochastic_rounding_is_right_on_average(chapter):
     assert (rounded[:, 0] == 1).all()   # what bfloat16 can hold stays
     error = (rounded.mean(0) - x.double()).abs() / (upper - lower).abs()
     assert error.max() < 4 * 0.5 / math.sqrt(20_000), error   # four standard errors
+
+
+def test_adamw_by_hand_is_adamw_but_for_the_rounding(chapter, monkeypatch):
+    monkeypatch.setattr(chapter.precision, "round_stochastically", lambda x: x)
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((30, 20), (7,))]
+    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    optimizers = [kind([{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0.0}], lr=0.01, betas=(0.9, 0.95))
+                  for kind, weights in ((chapter.precision.StochasticAdamW, ours), (torch.optim.AdamW, theirs))]
+    for _ in range(20):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.02), ("fp16", 0.01), ("bf16-pure", 0.05)])
