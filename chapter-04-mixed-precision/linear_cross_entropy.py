@@ -7,7 +7,8 @@ log-softmax, and their gradient. Nobody needs them whole. A chunk of tokens has 
 respect to its logits is softmax - one_hot, and once that has been multiplied into the two gradients that are wanted, the
 chunk can go. It has to be done on the way forward, while the logits are there; the way back only scales.
 
-At work: torch.nn.functional.linear_cross_entropy (torch 2.13), or Liger's kernel on a GPU (Hsu et al. 2024).
+At work: torch.nn.functional.linear_cross_entropy (torch 2.13), which works in chunks where it is given options and holds all
+logits where it is not, or Liger's kernel on a GPU (Hsu et al. 2024).
 
 T, D, V: as in model.py; C: tokens of a chunk.
 """
@@ -81,7 +82,8 @@ def plain(x, weight, targets):
 
 
 def library(x, weight, targets):
-    return F.linear_cross_entropy(x, weight, targets, ignore_index=IGNORE, reduction="sum")
+    options = torch.nn.LinearCrossEntropyOptions()   # without any it makes all logits
+    return F.linear_cross_entropy(x, weight, targets, ignore_index=IGNORE, reduction="sum", options=options)
 
 
 def measure(loss_of, x, weight, targets):
