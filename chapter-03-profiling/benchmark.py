@@ -157,7 +157,9 @@ def peak_of(name, arguments, documents):
     with tempfile.TemporaryDirectory() as folder:   # on a CPU only the trace has the running sum
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+    sums = [event["args"] for event in events if event.get("name") == "[memory]"]
+    before = sums[0]["Total Allocated"] - sums[0]["Bytes"]   # what an earlier profile saw begin and not end is still in the sum
+    return max(now["Total Allocated"] for now in sums) - before
 
 
 def flops_per_useful_token(model, packs, computed):

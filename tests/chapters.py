@@ -1,6 +1,6 @@
 """Load the modules of one chapter without meeting those of another: seven folders all have a model.py.
 
-    chapter = Chapter("chapter-01-foundations")
+    chapter = load_chapter("chapter-02-qwen3-packed")
     chapter.model.Transformer(...)
 
 Set CHAPTERS_ROOT to load from another copy of the repository: the planted bugs (planted_bugs/) do.
@@ -9,6 +9,7 @@ The contracts of DESIGN.md are tested once, for every chapter that has a train.p
 such a test needs and the chapters do differently is here: Chapter is how it goes from chapter 2 on, Chapter1 the exception.
 """
 import contextlib
+import functools
 import importlib
 import io
 import itertools
@@ -161,5 +162,6 @@ TRAINED = [name for name in CHAPTERS if (CHAPTERS_ROOT / name / "train.py").is_f
 chapter1 = Chapter1("chapter-01-foundations")
 
 
+@functools.cache   # a second copy would register the chapter's operators anew, and the first copy's would be gone
 def load_chapter(name):
     return chapter1 if name == chapter1.folder.name else Chapter(name)

@@ -1,6 +1,11 @@
+import os
 import random
 
 import pytest
+
+# One thread for each of pytest's workers: two that each want both cores wait for each other more than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 from chapters import TRAINED, load_chapter, run_here

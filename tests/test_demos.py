@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from chapters import Chapter
+from chapters import load_chapter
 
-chapter2 = Chapter("chapter-02-qwen3-packed")
+chapter2 = load_chapter("chapter-02-qwen3-packed")
 packing, rope, gqa = chapter2.packing_demo, chapter2.rope_demo, chapter2.gqa_demo
 
 

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from chapters import Chapter, run_here
+from chapters import load_chapter, run_here
 
-chapter4 = Chapter("chapter-04-mixed-precision")
+chapter4 = load_chapter("chapter-04-mixed-precision")
 flash = chapter4.flash_attention
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from chapters import Chapter, run_here
+from chapters import load_chapter, run_here
 
-formats = Chapter("chapter-04-mixed-precision").number_formats
+formats = load_chapter("chapter-04-mixed-precision").number_formats
 NAN_OF_A_GPU = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)   # to whose bits nothing can be added
 SPECIAL = torch.cat([torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0]), NAN_OF_A_GPU])
 

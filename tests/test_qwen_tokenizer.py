@@ -5,9 +5,9 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer
 
-from chapters import Chapter
+from chapters import load_chapter
 
-chapter2 = Chapter("chapter-02-qwen3-packed")
+chapter2 = load_chapter("chapter-02-qwen3-packed")
 TEXTS = ["the king's  speech\n\nIt'S 2024, isn't it?", "naïve cafe\u0301 日本語 🙂🏽", "  \t x \r\n\r\n y", "<|im_end|> typed", "\u2028\x85\x00",
          "a" * 50, " 1234567 3.14", ""]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "\n\n 2 + 2?"}, {"role": "assistant", "content": "4"},

@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
-from chapters import Chapter, run_here
+from chapters import load_chapter, run_here
 
-chapter3 = Chapter("chapter-03-profiling")
+chapter3 = load_chapter("chapter-03-profiling")
 honest, idle = chapter3.honest_timing, chapter3.idle
 
 
