@@ -12,7 +12,7 @@ import math
 import resource
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch

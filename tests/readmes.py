@@ -8,7 +8,6 @@ root README, NAME is CHAPTER/NAME.
 import json
 import re
 import sys
-from pathlib import Path
 
 from chapters import CHAPTERS_ROOT
 

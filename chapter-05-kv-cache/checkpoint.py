@@ -1,0 +1,148 @@
+"""Checkpoints that survive a kill at any instant, and a resume that continues bit for bit.
+
+    OUT/checkpoint/          everything a resumed run needs, replaced as a whole
+    OUT/config.json          the model for everyone else: generate.py, transformers
+    OUT/model.safetensors
+    OUT/tokenizer.json
+    OUT/tokenizer_config.json
+
+Only safetensors and JSON: a pickle runs whatever code it contains when it is opened.
+"""
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from errors import InputError
+from model import checkpoint_folder, load_pretrained, save_pretrained
+from tokenizer import load_tokenizer
+
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+# --------------------------------------------------------------------------------------------------- saving
+
+def save_checkpoint(out, model, tokenizer, optimizer, state):
+    """Write OUT/checkpoint/ and the model files beside it. state: what else to remember, as JSON can hold it."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise InputError(f"the training diverged: its weights are not finite; a checkpoint in {out} is kept as it was;"
+                         " try a lower --learning-rate")
+    try:
+        write_checkpoint(out, model, tokenizer, optimizer, state)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write a checkpoint to {out}: {error}; the one before it is complete") from None
+
+
+def write_checkpoint(out, model, tokenizer, optimizer, state):
+    temporary = Path(out) / "checkpoint.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_model(temporary, model, tokenizer)
+    tensors = {f"{i}.{key}": value for i, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
+    save_file({"random_state": torch.get_rng_state(), **tensors}, temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(json.dumps(state, indent=2))
+    replace_folder(temporary, Path(out) / "checkpoint")
+    for name in MODEL_FILES:
+        shutil.copyfile(Path(out) / "checkpoint" / name, Path(out) / f"{name}.tmp")
+        os.replace(Path(out) / f"{name}.tmp", Path(out) / name)
+
+
+def save_model(folder, model, tokenizer):
+    """The four files of MODEL_FILES: all that is needed to use the model."""
+    tokenizer.save(folder)
+    save_pretrained(model, folder, {"tokenizer": sha256(folder / "tokenizer.json")})
+
+
+def replace_folder(temporary, final):
+    """Put a finished folder in the place of an older one, so that a complete one exists at every instant.
+
+    Renaming is atomic, but a folder cannot be renamed onto another. So the old one steps aside first, and
+    complete_checkpoint() looks there too.
+    """
+    for path in [*temporary.iterdir(), temporary]:   # a name must not reach the disk before the bytes it names
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    old = final.with_suffix(".old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+def complete_checkpoint(out):
+    """The last complete checkpoint folder of a run, or None."""
+    return next((Path(out) / name for name in ("checkpoint", "checkpoint.old") if (Path(out) / name).is_dir()), None)
+
+
+def load_model(dir_or_hub_id, device="cpu", dtype=None):
+    """A folder with the four model files, or a Hugging Face checkpoint -> (model, tokenizer).
+
+    dtype: of the weights, the file's where it is None. Raises InputError that names the file and the difference.
+    """
+    folder = checkpoint_folder(dir_or_hub_id)
+    if not any(folder.glob("model*.safetensors")):
+        raise InputError(f"no model.safetensors in {folder}; train one first: python {Path(__file__).parent.name}/train.py")
+    tokenizer = load_tokenizer(folder)
+    model = load_pretrained(folder, device, dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:   # fewer is fine: Qwen's table has rows to spare
+        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding in"
+                         f" config.json only {model.config.vocab_size} rows")
+    trained_with = read_metadata(folder / "model.safetensors").get("tokenizer")
+    if trained_with and (folder / "tokenizer.json").is_file() and trained_with != sha256(folder / "tokenizer.json"):
+        raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than tokenizer.json holds")
+    return model, tokenizer
+
+
+def load_training_state(folder, optimizer):
+    """Restore optimizer and random state from a checkpoint folder; returns the state that save_checkpoint was given."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        state["step"]   # KeyError: it is the state of something else
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{folder / 'state.json'} is damaged: {error!r}") from None
+    tensors, _ = read_tensors(folder / "optimizer.safetensors")
+    try:
+        torch.set_rng_state(tensors.pop("random_state"))
+        entries = {}
+        for name, value in tensors.items():
+            i, key = name.split(".")
+            entries.setdefault(int(i), {})[key] = value
+        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                shape = optimizer.state[parameter]["exp_avg"].shape   # load_state_dict compares no shapes
+                if shape != parameter.shape:
+                    raise ValueError(f"moments {tuple(shape)} for a parameter {tuple(parameter.shape)}")
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"{folder / 'optimizer.safetensors'} is not of this run: {error!r}") from None
+    return state
+
+
+def read_metadata(path):
+    """What a safetensors file says about itself, {} if there is none: the weights may be spread over several files."""
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def read_tensors(path):
+    """(tensors, metadata) of a safetensors file; a truncated or foreign file is an InputError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
