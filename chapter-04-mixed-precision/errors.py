@@ -22,8 +22,8 @@ def positive(kind):
     """An argparse type: an int or a float above zero."""
     def convert(text):
         number = kind(text)
-        if not 0 < number < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
+        if not 0 < number < 2 ** 31:
+            raise argparse.ArgumentTypeError(f"{text} is not a number above zero and below 2**31")
         return number
     convert.__name__ = kind.__name__   # what argparse calls it in "invalid int value"
     return convert

@@ -22,6 +22,7 @@ import torch
 
 from checkpoint import load_model
 from errors import ArgumentParser, InputError, positive, run, seed
+from few_rows import for_few_rows
 from generate import Sampling, next_token, read_prompts
 from kv_cache import PagedCache
 from scheduler import Scheduler, Sequence
@@ -117,7 +118,7 @@ def main():
     sampling = Sampling(temperature=arguments.temperature, seed=arguments.seed)
     prompts = read_prompts(arguments.prompts)
     model, tokenizer = load_model(arguments.checkpoint)
-    engine = Engine(model, tokenizer, -(-arguments.cache_tokens // 16), max_sequences=arguments.max_sequences)
+    engine = Engine(for_few_rows(model), tokenizer, -(-arguments.cache_tokens // 16), max_sequences=arguments.max_sequences)
     prompt_of = {engine.add([tokenizer.end_of_text, *tokenizer.encode(prompt)], arguments.max_new_tokens, sampling): prompt
                  for prompt in prompts}
     start, tokens = time.perf_counter(), 0

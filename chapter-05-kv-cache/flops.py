@@ -97,6 +97,12 @@ def bandwidth_ceiling(device):
     return 2 * a.nbytes / best_time(lambda: b.copy_(a), device)
 
 
+def read_ceiling(device):
+    """Bytes/s of reading a tensor that no cache holds: a sum of all its elements."""
+    a = torch.zeros(64 * 2 ** 20, device=device)   # 256 MiB
+    return a.nbytes / best_time(a.sum, device)
+
+
 def main():
     parser = ArgumentParser(description="Count a training step on paper and measure this machine's ceilings.")
     parser.add_argument("--config", choices=CONFIGS, default="small", help="model size, see model.py")

@@ -21,6 +21,7 @@ from bpe_from_scratch import valid_unicode
 from checkpoint import load_model
 from data import packed_sequence_collate_fn, read_utf8
 from errors import ArgumentParser, InputError, positive, run, seed
+from few_rows import for_few_rows
 from kv_cache import ContiguousCache
 
 
@@ -34,14 +35,21 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
 
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"--temperature {self.temperature} is not a number from 0 up")
+        for name, value in (("top-p", self.top_p), ("min-p", self.min_p)):
+            if (value or 0) > 1:
+                raise InputError(f"--{name} {value} is not a probability between 0 and 1")
 
-def generate(model, tokenizer, prompt_ids, max_new_tokens, cached=True, **sampling):
+
+def generate(model, tokenizer, prompt_ids, max_new_tokens, cached=True, forward=None, **sampling):
     """Yield up to max_new_tokens token ids, each sampled given the prompt and those before it.
 
     An end-of-text token does not end the stream: what follows it is a new document, written with an empty context.
     The end of a turn does: after it, it is the user's turn. sampling: the fields of Sampling.
     """
-    for step in generate_batch(model, tokenizer, [prompt_ids], max_new_tokens, Sampling(**sampling), cached):
+    for step in generate_batch(model, tokenizer, [prompt_ids], max_new_tokens, Sampling(**sampling), cached, forward):
         yield from step.values()
 
 
@@ -190,14 +198,12 @@ def parse_arguments():
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same text")
     parser.add_argument("--no-cache", action="store_true", help="compute the whole text again for each token")
+    parser.add_argument("--compile", action="store_true", help="a faster step, after a minute of compiling")
     parser.add_argument("--timing", action="store_true", help="say on standard error what prefill and decode took")
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
     arguments = parser.parse_args()
-    if not 0 <= arguments.temperature < float("inf"):
-        raise InputError(f"--temperature {arguments.temperature} is not a number from 0 up")
-    for name in ("top_p", "min_p"):
-        if (getattr(arguments, name) or 0) > 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is not a probability between 0 and 1")
+    if arguments.compile and arguments.no_cache:
+        raise InputError("--compile makes the step faster that computes one token; with --no-cache there is none")
     if "" in arguments.stop:
         raise InputError("--stop needs a text that is not empty")
     return arguments
@@ -205,9 +211,11 @@ def parse_arguments():
 
 def main():
     arguments = parse_arguments()
-    model, tokenizer = load_model(arguments.checkpoint)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p,
                         arguments.repetition_penalty, arguments.seed)
+    model, tokenizer = load_model(arguments.checkpoint)
+    for_few_rows(model, use_kernel=arguments.compile)
+    forward = torch.compile(model, fullgraph=True) if arguments.compile else None
     max_new_tokens = arguments.tokens or arguments.max_new_tokens
 
     def encode(prompt):
@@ -221,7 +229,7 @@ def main():
         if not arguments.chat:
             print(prompt, end="", flush=True)
         timing = Timing(len(prompt_ids))
-        tokens = generate(model, tokenizer, prompt_ids, max_new_tokens, not arguments.no_cache, **vars(sampling))
+        tokens = generate(model, tokenizer, prompt_ids, max_new_tokens, not arguments.no_cache, forward, **vars(sampling))
         stream(timing.watch(tokens), tokenizer, arguments.stop)
         if arguments.timing:
             timing.report()
@@ -229,7 +237,8 @@ def main():
     if arguments.prompts:
         prompts = read_prompts(arguments.prompts)
         answers = [[] for _ in prompts]
-        for step in generate_batch(model, tokenizer, list(map(encode, prompts)), max_new_tokens, sampling, not arguments.no_cache):
+        for step in generate_batch(model, tokenizer, list(map(encode, prompts)), max_new_tokens, sampling,
+                                   not arguments.no_cache, forward):
             for row, token in step.items():
                 answers[row].append(token)
         for prompt, tokens in zip(prompts, answers):

@@ -101,50 +101,61 @@ class LayerCache:
         if VARLEN_PAGED and varlen_obstacle(self.k.device, self.k.dtype) is None and self.cache.block_size % 256 == 0:
             return varlen_attn(q, self.k, self.v, cu_seqlens, None, max_seqlen, table.shape[1] * self.k.shape[1], window_size=(-1, 0),
                                seqused_k=ends, block_table=table, **VARLEN_GQA)
-        return cached_attention(q, self.k, self.v, table, ends, cu_seqlens)
+        return cached_attention_operator(q, self.k, self.v, table, ends, cu_seqlens)
 
 
-@torch.library.custom_op(f"{CHAPTER}::cached_attention", mutates_args=())
-def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, ends: torch.Tensor,
-                     cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Attention of the new tokens of each sequence to all of its tokens. Opaque to the compiler, as grouped_attention is.
+def cached_attention(q, k, v, table, ends, cu_seqlens):
+    """Attention of the new tokens of each sequence to all of its tokens.
 
     q (T, H, K); k and v (N, P, G, K), the new tokens' already among them; table (S, B) int32, the blocks of each sequence;
     ends (S,) int32, its tokens; cu_seqlens (S+1,). Returns (T, H, K).
     """
     out, counts = torch.empty_like(q), cu_seqlens.diff().tolist()
     P, lengths = k.shape[1], ends.tolist()
-    # Sequences with one new token each, as nearly all are: a rectangle, and the same call for all of them. They come first.
+    # Several sequences with one new token each, as nearly all are, and they come first: a rectangle, one call for all of them.
     single = next((i for i, count in enumerate(counts) if count > 1), len(counts))
+    if single == 1:
+        single = 0
     if single:
-        longest = max(lengths[:single])
-        keys, values = (read(x, table[:single, :(longest - 1) // P + 1]) for x in (k, v))    # (S, L, G, K), L rounded up
-        hidden = torch.arange(keys.shape[1], device=q.device) >= ends[:single, None]         # (S, L)
+        L = max(lengths[:single])
+        keys, values = (read(x, table[:single, :(L - 1) // P + 1])[:, :L] for x in (k, v))   # (S, L, G, K)
+        hidden = torch.arange(L, device=q.device) >= ends[:single, None]                     # (S, L)
         out[:single] = attention(q[:single, None], keys, values, hidden[:, None, None])[:, 0]
     for i, start in enumerate(cu_seqlens.tolist()[single:-1], start=single):
         new, L = slice(start, start + counts[i]), lengths[i]
         keys, values = (read(x, table[i:i + 1, :(L - 1) // P + 1])[:, :L] for x in (k, v))   # (1, L, G, K)
-        # The last new token sees all L, the one before it L - 1: a causal mask, aligned at the right end.
-        hidden = torch.ones(counts[i], L, dtype=torch.bool, device=q.device).triu(L - counts[i] + 1)
+        # The last new token sees all L, the one before it L - 1: a causal mask, aligned at the right end. One token needs none.
+        hidden = None
+        if counts[i] > 1:
+            hidden = torch.ones(counts[i], L, dtype=torch.bool, device=q.device).triu(L - counts[i] + 1)
         out[new] = attention(q[None, new], keys, values, hidden)[0]
     return out
 
 
-cached_attention.register_fake(lambda q, k, v, table, ends, cu_seqlens: torch.empty_like(q))
+# Opaque to the compiler, as grouped_attention is. Nothing is to be differentiated here, so this plain registration will do.
+# It costs less than custom_op's, and there is a call in each layer for each token.
+library = torch.library.Library(CHAPTER, "FRAGMENT")
+library.define("cached_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor ends, Tensor cu_seqlens) -> Tensor")
+library.impl("cached_attention", cached_attention, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{CHAPTER}::cached_attention", lambda q, k, v, table, ends, cu_seqlens: torch.empty_like(q), lib=library)
+cached_attention_operator = getattr(torch.ops, CHAPTER).cached_attention.default
 
 
 def read(x, table):
     """The blocks of a table (S, B) side by side: (S, B * P, G, K). One block in each row and all rows in order: no copy."""
-    S = len(table)
-    if table.shape[1] == 1 and torch.equal(table[:, 0], torch.arange(S, dtype=table.dtype, device=table.device) + table[0, 0]):
-        return x[table[0, 0]:table[0, 0] + S]
-    return x[table].flatten(1, 2)
+    if table.shape[1] == 1:
+        rows = table[:, 0].tolist()
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            return x[rows[0]:rows[0] + len(rows)]
+    return x.index_select(0, table.flatten()).unflatten(0, table.shape).flatten(1, 2)   # several times as fast as x[table]
 
 
 def attention(q, k, v, hidden):
-    """q (S, n, H, K), k and v (S, L, G, K), hidden (S or 1, 1, n, L), True where a key is not to be seen: (S, n, H, K)."""
-    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
-    mask = mask.expand(len(q), 1, q.shape[1], k.shape[1])
+    """q (S, n, H, K), k and v (S, L, G, K), hidden (S or 1, 1, n, L) or None, True where a key is not to be seen: (S, n, H, K)."""
+    mask = None
+    if hidden is not None:
+        mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
+        mask = mask.expand(len(q), 1, q.shape[1], k.shape[1])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.is_cpu:
         return flash(q, k, v, attn_mask=mask)[0].transpose(1, 2)

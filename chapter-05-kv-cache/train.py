@@ -67,8 +67,6 @@ def parse_arguments():
     arguments = parser.parse_args()
     if arguments.minutes is None and arguments.steps is None:
         arguments.steps = 1200
-    if arguments.profile and arguments.steps and arguments.steps < profiling.STEPS:
-        raise InputError(f"--profile needs {profiling.STEPS} steps, not {arguments.steps}")
     if arguments.learning_rate is None:   # about 1 / width (Yang et al. 2022); a trained model needs care, not speed
         arguments.learning_rate = 2e-5 if arguments.init else 3e-3 * 128 / CONFIGS[arguments.config].hidden_size
     return arguments
@@ -245,6 +243,8 @@ def main():
         model, tokenizer = start_afresh(arguments, train_documents, device)
         optimizer = adamw(model, arguments.learning_rate)
     model.checkpointing = arguments.checkpointing
+    if arguments.profile and arguments.steps and arguments.steps - state["step"] < profiling.STEPS:
+        raise InputError(f"--profile needs {profiling.STEPS} steps, not {arguments.steps - state['step']}")
     max_length = min(arguments.batch_tokens, model.config.max_position_embeddings)
     windows, cut = tokenize(train_documents, tokenizer, max_length)
     packs = training_packs(windows, arguments.batch_tokens, arguments.seed)

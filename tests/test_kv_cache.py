@@ -1,5 +1,10 @@
 """Chapter 5 on: what the cache remembers never changes an answer, whatever is paged, chunked, shared, forked or preempted."""
 import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -378,3 +383,86 @@ def test_min_p_and_repetition_penalty(chapter):
     scores = torch.tensor([2.0, -2.0, 1.0])
     chapter.generate.penalize(scores, [0, 1, 1], 2.0)
     assert scores.tolist() == [1.0, -4.0, 1.0]
+
+
+# ------------------------------------------------------------------------------------------------------ fast decode
+
+has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+
+
+@has_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_compute_what_linear_does(chapter, dtype):
+    """All ways, for numbers of rows on both sides of every threshold."""
+    few_rows, generator = chapter.few_rows, torch.Generator().manual_seed(0)
+    weight = torch.randn(36, 192, generator=generator).to(dtype)
+    for rows in (*range(1, 12), 40):
+        x = torch.randn(rows, 192, generator=generator).to(dtype)
+        expected = x.double() @ weight.double().T
+        for way in (few_rows.linear, few_rows.weights_first, few_rows.in_float32, few_rows.kernel()):
+            found = way(x, weight)
+            assert found.dtype == dtype and found.shape == (rows, 36) and found.is_contiguous()
+            error = ((found.double() - expected).abs() / (expected.abs() + 1)).max().item()
+            assert error < (1e-5 if dtype == torch.float32 else 1e-2), (way, rows, error)
+
+
+COMPILED = """
+import torch
+from few_rows import FewRowsByKernel, for_few_rows
+from generate import Sampling, generate_batch
+from model import ModelConfig, Transformer
+
+class Words:
+    vocab_size, end_of_text, end_of_turn = 97, 96, 95
+
+def answers(model, forward=None):
+    prompts = [list(range(5)), list(range(9, 18))]   # of different lengths
+    return [list(step.items()) for step in generate_batch(model, Words, prompts, 20, Sampling(temperature=0), True, forward)]
+
+torch.manual_seed(0)
+model = Transformer(ModelConfig(vocab_size=100, hidden_size=64, intermediate_size=128))
+plain = answers(model)
+for_few_rows(model, use_kernel=True)
+assert type(model.lm_head) is FewRowsByKernel
+assert answers(model) == plain
+forward = torch.compile(model, fullgraph=True)
+assert answers(model, forward) == plain and answers(model, forward) == plain
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1   # all steps have the same shapes
+"""
+
+
+@has_compiler
+def test_compiled_decode_gives_the_same_tokens(chapter, tmp_path):
+    """In a process of its own: the compiler looks modules up by their names."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=chapter.folder, capture_output=True, text=True,
+                          env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_layer_that_does_not_fit_the_kernel_keeps_to_torch(chapter, monkeypatch):
+    monkeypatch.setattr(chapter.few_rows, "kernel", lambda: "the operator")
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(60, 8, bias=False), torch.nn.Linear(64, 6, bias=False))
+    chapter.few_rows.for_few_rows(layers, use_kernel=True)
+    assert [hasattr(layer, "product") for layer in layers] == [True, False, False]
+
+
+def test_benchmark_counts_what_it_says(chapter, monkeypatch, tmp_path, call):
+    """Small and quick: every part runs and writes its table; the workloads are those that the docstrings describe."""
+    benchmark = chapter.benchmark
+    monkeypatch.setattr(chapter.report, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "FIGURES", tmp_path)
+    config = chapter.model.CONFIGS["small"]
+    trace = benchmark.nano_vllm(config, 50, 0.5)
+    assert all(50 <= len(prompt) <= 512 and 50 <= new <= 512 for _, prompt, new in trace)
+    trace = benchmark.arrivals(config, 200, 0.5)
+    assert [start for start, _, _ in trace] == sorted(start for start, _, _ in trace)
+    lengths = sorted(new for _, _, new in trace)
+    assert lengths[-1] > 4 * lengths[100]   # a few are very long
+    for what, flags in (("cache", ("--length", 128, "--rounds", 1)), ("prefix", ("--length", 64, "--rounds", 2)),
+                        ("serving", ("--requests", 6, "--scale", 0.05, "--sequences", 2))):
+        status, out, err = call(benchmark, what, *flags)
+        assert status == 0, err
+        rows = json.loads((tmp_path / f"{what}_small_cpu.json").read_text())["rows"]
+        assert rows and all(len(row) > 2 for row in rows)
+    ways = {row["way"]: row for row in rows if row["workload"] == "chat"}
+    assert len(ways) == 3 and len({row["tokens"] for row in ways.values()}) == 1

@@ -114,6 +114,10 @@ def test_a_profile_sums_to_the_step_and_changes_nothing(chapter, text_file, tmp_
 def test_a_profile_that_no_step_would_end_is_refused(chapter, text_file, tmp_path):
     done = chapter.run("train.py", "--data", text_file, "--profile", "--steps", 20, "--out", tmp_path, check=False)
     assert done.returncode == 2 and done.stderr == "error: --profile needs 23 steps, not 20\n"
+    run = ("--data", text_file, *chapter.quick, "--out", tmp_path)
+    run_here(chapter.train, *run, "--steps", 3)
+    with pytest.raises(chapter.errors.InputError, match="--profile needs 23 steps, not 21"):   # so many are left
+        run_here(chapter.train, *run, "--steps", 24, "--profile", "--resume")
 
 
 # -------------------------------------------------------------------------------------------------- torch.compile
