@@ -6,7 +6,7 @@
     python benchmark.py prefix                         time to the first token of prompts that begin alike      (in this folder)
 
 The weights are random: a matrix product takes as long with them as with trained ones. The answers' lengths are given by the
-workload, never by the text. What is compared takes turns, and medians are taken, so that a slow minute falls on all.
+workload, never by the text. What is compared takes turns, so that a slow minute falls on all.
 Writes results/WHAT_CONFIG_DEVICE.json; `transformers` is here to be compared with, nothing else in this chapter imports it.
 """
 import itertools
@@ -22,7 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from engine import Engine
-from errors import ArgumentParser, positive, run
+from errors import ArgumentParser, InputError, positive, run
 from few_rows import for_few_rows
 from flops import read_ceiling
 from generate import Sampling, generate_batch
@@ -314,7 +314,10 @@ def main():
     parser.add_argument("--sequences", type=positive(int), default=16, metavar="N", help="texts that serving writes at a time")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     arguments = parser.parse_args()
-    device = choose_device(arguments.device)
+    device, limit = choose_device(arguments.device), CONFIGS[arguments.config].max_position_embeddings
+    shortest = 128 if arguments.what == "cache" else 16
+    if not shortest <= arguments.length <= limit - 17 or arguments.tokens < 2 or arguments.scale * 2048 > limit:
+        raise InputError(f"--length must be {shortest} to {limit - 17}, --tokens 2 or more, and --scale {limit / 2048:g} or less for this model")
     columns, rows = WHAT[arguments.what](CONFIGS[arguments.config], device, arguments)
     command = f"python {Path(__file__).resolve().parent.name}/benchmark.py" + "".join(f" {argument}" for argument in sys.argv[1:])
     print(write_results(f"{arguments.what}_{arguments.config}_{device}", command, columns, rows, device))

@@ -44,6 +44,10 @@ class Engine:
         tokenizer's own where it is None. Raises InputError for what can never fit.
         """
         limit = self.model.config.max_position_embeddings
+        known = all(0 <= token < self.model.config.vocab_size for token in prompt_ids)
+        if max_new_tokens < 1 or samples < 1 or "" in stop or not known:
+            raise InputError(f"asked for {max_new_tokens} tokens and {samples} samples, with stop texts {list(stop)}: numbers must be"
+                             " above zero, texts not empty, and the prompt's tokens of the model's vocabulary")
         if len(prompt_ids) + max_new_tokens > limit:
             raise InputError(f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones are more than the model's {limit} positions")
         ends = (self.tokenizer.end_of_text, self.tokenizer.end_of_turn) if end_tokens is None else end_tokens
@@ -61,8 +65,13 @@ class Engine:
 
     @torch.no_grad()
     def step(self):
-        """Compute one packed batch. Returns [(sequence, token)], what has been answered."""
+        """Compute one packed batch. Returns [(sequence, token)], what has been answered.
+
+        A sequence whose scores are no numbers is finished ("nan"), without its blocks: the others go on.
+        """
         chosen = self.scheduler.schedule()
+        if not chosen:
+            return []
         for source, target in self.scheduler.copies:
             self.cache.copy_block(source, target)
         counts = [count for _, count in chosen]
@@ -76,7 +85,12 @@ class Engine:
             if sequence.pending:
                 continue   # only a part of its prompt: nobody has asked for these scores
             for one in [sequence, *self.fork(sequence)]:
-                one.tokens.append(next_token(scores.clone(), one.tokens, self.tokenizer, one.sampling, one.dice))
+                try:
+                    one.tokens.append(next_token(scores.clone(), one.tokens, self.tokenizer, one.sampling, one.dice))
+                except InputError:
+                    self.cache.erase(one.table)   # or what is no number would still be there for who gets the blocks next
+                    self.scheduler.finish(one, "nan", remember=False)
+                    continue
                 answered.append((one, one.tokens[-1]))
                 self.check_end(one)
         return answered
@@ -93,16 +107,13 @@ class Engine:
         return others
 
     def check_end(self, sequence):
-        longest = max((len(text.encode()) for text in sequence.stop), default=0)   # a token writes a byte at least
-        tail = self.tokenizer.decode(sequence.answer[-longest:]) if longest else ""
+        text = self.tokenizer.decode(sequence.answer) if sequence.stop else ""
         if sequence.tokens[-1] in sequence.end_tokens:
             self.scheduler.finish(sequence, "end")
-        elif any(text in tail for text in sequence.stop):
+        elif any(stop in text for stop in sequence.stop):
             self.scheduler.finish(sequence, "stop")
-        elif len(sequence.answer) == sequence.max_new_tokens:
+        elif len(sequence.answer) >= sequence.max_new_tokens:
             self.scheduler.finish(sequence, "length")
-
-
 
 
 def main():
@@ -118,7 +129,10 @@ def main():
     sampling = Sampling(temperature=arguments.temperature, seed=arguments.seed)
     prompts = read_prompts(arguments.prompts)
     model, tokenizer = load_model(arguments.checkpoint)
-    engine = Engine(for_few_rows(model), tokenizer, -(-arguments.cache_tokens // 16), max_sequences=arguments.max_sequences)
+    try:
+        engine = Engine(for_few_rows(model), tokenizer, -(-arguments.cache_tokens // 16), max_sequences=arguments.max_sequences)
+    except (RuntimeError, MemoryError):
+        raise InputError(f"a cache for {arguments.cache_tokens} tokens does not fit into memory; lower --cache-tokens") from None
     prompt_of = {engine.add([tokenizer.end_of_text, *tokenizer.encode(prompt)], arguments.max_new_tokens, sampling): prompt
                  for prompt in prompts}
     start, tokens = time.perf_counter(), 0
@@ -127,6 +141,8 @@ def main():
             tokens += 1
             if sequence.finished:
                 print(f"{prompt_of[sequence]}{tokenizer.decode(sequence.answer)}\n", flush=True)
+    if any(sequence.finished == "nan" for sequence in prompt_of):
+        raise InputError("the model answers nan or inf instead of scores to some prompts: its weights are damaged")
     seconds = time.perf_counter() - start
     print(f"{len(prompts)} texts, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 

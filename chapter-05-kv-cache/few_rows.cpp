@@ -68,6 +68,8 @@ static void product(const Weight* w, const float* x, Out* out, int64_t T, int64_
 
 // x (T, K), weight (N, K), both float32 or both bfloat16; N a multiple of 4 and K of 64. Returns (T, N).
 at::Tensor few_rows(const at::Tensor& x, const at::Tensor& weight) {
+    TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.scalar_type() == weight.scalar_type()
+                && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16), "few_rows: ", x.scalar_type(), ", ", weight.scalar_type());
     const int64_t T = x.size(0), K = x.size(1), N = weight.size(0);
     TORCH_CHECK(N % 4 == 0 && K % 64 == 0 && weight.size(1) == K && weight.is_contiguous(), "few_rows: ", N, " x ", K);
     at::Tensor out = at::empty({T, N}, x.options()), rows = x.contiguous();

@@ -6,11 +6,13 @@ A new token is one row: each weight is read from memory, used for one multiplica
 before the next token. With sixteen texts there are sixteen rows, and still nearly all of the time should go into reading.
 Libraries are made for hundreds of rows. On a CPU with a few of them what nn.Linear calls is several times slower than the
 memory. Two cures: to ask for the same product in another order or dtype, which needs nothing but torch; and few_rows.cpp,
-sixty lines of C++ that read the weights as fast as the memory gives them. It is used where for_few_rows(model, use_kernel=True)
+a page of C++ that reads the weights as fast as the memory gives them. It is used where for_few_rows(model, use_kernel=True)
 asks for it. At work, on a GPU: leave it to torch.compile, whose matrix products for one row do the same.
 """
 import functools
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -43,7 +45,7 @@ def linear(x, weight):
     """x (T, in), weight (out, in) -> x weight^T (T, out), by the call of torch that reads the weights fastest."""
     if x.is_cpu and weight.dtype == torch.float32:
         return weights_first(x, weight)
-    if x.is_cpu and not HAS_BFLOAT16 and len(x) > 2:   # for one row, or two, torch has a kernel that needs no such arithmetic
+    if x.is_cpu and not HAS_BFLOAT16 and len(x) > 2:   # for one row, or two, torch has a kernel that needs no such instructions
         return in_float32(x, weight)
     return F.linear(x, weight)
 
@@ -51,8 +53,14 @@ def linear(x, weight):
 @functools.cache
 def kernel():
     """few_rows.cpp as an operator; compiled when it is first needed, which takes some ten seconds, and kept on disk."""
+    name = f"{CHAPTER}_few_rows"
+    # Two traps of the library: it looks for ninja on the path only, and waits for ever for a compilation that was killed.
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+    lock = Path(cpp_extension._get_build_directory(name, False), "lock")
+    if lock.exists() and time.time() - lock.stat().st_mtime > 300:
+        lock.unlink(missing_ok=True)
     try:
-        cpp_extension.load(f"{CHAPTER}_few_rows", [str(Path(__file__).parent / "few_rows.cpp")], is_python_module=False,
+        cpp_extension.load(name, [str(Path(__file__).parent / "few_rows.cpp")], is_python_module=False,
                            extra_cflags=["-O3", "-march=native", "-ffast-math", "-fopenmp", f"-DLIBRARY={CHAPTER}"],
                            extra_ldflags=["-fopenmp"])
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
@@ -64,7 +72,7 @@ def kernel():
 
 
 class FewRows(nn.Linear):
-    """nn.Linear for generation; no gradients needed."""
+    """nn.Linear without bias, for generation; no gradients needed."""
 
     def forward(self, x):
         return linear(x, self.weight)
@@ -76,10 +84,11 @@ class FewRowsByKernel(nn.Linear):
 
 
 def for_few_rows(model, use_kernel=False):
-    """Let a model's linear layers compute so. Same weights, same names; returns the model."""
+    """Let a model's linear layers use the products above. Same weights, same names; returns the model."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            fits = module.in_features % 64 == 0 and module.out_features % 4 == 0 and module.weight.is_cpu
+            fits = (module.in_features % 64 == 0 and module.out_features % 4 == 0 and module.weight.is_cpu
+                    and module.weight.dtype in (torch.float32, torch.bfloat16))
             # Only the method changes, and nothing has to be copied.
             module.__class__ = FewRows
             if use_kernel and fits:

@@ -10,6 +10,7 @@ Only the text goes to standard output. The first step computes the whole prompt 
 the whole text again, as in all chapters before.
 """
 import codecs
+import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -39,8 +40,10 @@ class Sampling:
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"--temperature {self.temperature} is not a number from 0 up")
         for name, value in (("top-p", self.top_p), ("min-p", self.min_p)):
-            if (value or 0) > 1:
+            if value is not None and not 1e-30 < value <= 1:
                 raise InputError(f"--{name} {value} is not a probability between 0 and 1")
+        if not 1e-3 <= self.repetition_penalty <= 1e3:
+            raise InputError(f"--repetition-penalty {self.repetition_penalty} is not between 0.001 and 1000")
 
 
 def generate(model, tokenizer, prompt_ids, max_new_tokens, cached=True, forward=None, **sampling):
@@ -64,8 +67,8 @@ def generate_batch(model, tokenizer, prompts, max_new_tokens, sampling=Sampling(
     # Of our own, so that sampling leaves the random state of training alone; one each, so that no text disturbs another.
     dice = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
     contexts = dict(enumerate(map(list, prompts)))
-    rows = min(limit, max(map(len, prompts)) + max_new_tokens)
-    cache = ContiguousCache(model.config, len(prompts), rows, weight.device, weight.dtype) if cached else None
+    row_length = min(limit, max(map(len, prompts)) + max_new_tokens)
+    cache = ContiguousCache(model.config, len(prompts), row_length, weight.device, weight.dtype) if cached else None
     for _ in range(max_new_tokens):
         # Never trained on more than limit tokens: older ones drop out.
         windows = {row: context[-limit:] for row, context in contexts.items()}
@@ -102,8 +105,8 @@ def last_logits(model, windows, cache, forward=None):
 def next_token(logits, context, tokenizer, sampling, dice):
     """One token id from logits (V,), which it may change."""
     logits[tokenizer.vocab_size:] = float("-inf")   # spare rows of the embedding, never a target
-    if logits.isnan().any():
-        raise InputError("the model answers nan instead of scores: its training diverged, or its weights are damaged")
+    if not logits.max() < float("inf"):   # false for nan too
+        raise InputError("the model answers nan or inf instead of scores: its training diverged, or its weights are damaged")
     penalize(logits, context, sampling.repetition_penalty)
     return sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, dice, sampling.min_p)
 
@@ -175,7 +178,8 @@ class Timing:
     def report(self):
         start, *times = self.times
         if times:
-            rest = f"; decode {len(times) - 1} tokens, {(times[-1] - times[0]) / (len(times) - 1) * 1e3:.2f} ms each" if times[1:] else ""
+            gaps = sorted(after - before for before, after in itertools.pairwise(times))   # the first one may hold the compiling
+            rest = f"; decode {len(gaps)} tokens, {gaps[len(gaps) // 2] * 1e3:.2f} ms each (median)" if gaps else ""
             print(f"prefill {self.prompt_tokens} tokens, {(times[0] - start) * 1e3:.1f} ms to the first token{rest}", file=sys.stderr)
 
 
@@ -202,6 +206,8 @@ def parse_arguments():
     parser.add_argument("--timing", action="store_true", help="say on standard error what prefill and decode took")
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
     arguments = parser.parse_args()
+    if arguments.prompts is not None and (arguments.prompt or arguments.prompt_flag or arguments.interactive or arguments.timing):
+        raise InputError("--prompts reads all prompts from a file; it goes with no other prompt, nor with --interactive or --timing")
     if arguments.compile and arguments.no_cache:
         raise InputError("--compile makes the step faster that computes one token; with --no-cache there is none")
     if "" in arguments.stop:
@@ -234,7 +240,7 @@ def main():
         if arguments.timing:
             timing.report()
 
-    if arguments.prompts:
+    if arguments.prompts is not None:
         prompts = read_prompts(arguments.prompts)
         answers = [[] for _ in prompts]
         for step in generate_batch(model, tokenizer, list(map(encode, prompts)), max_new_tokens, sampling,

@@ -62,6 +62,11 @@ class PagedCache:
             x.to(self.device, non_blocking=True) for x in (slots, table, ends, positions, cu_seqlens))
         return positions, cu_seqlens, max(counts)
 
+    def erase(self, blocks):
+        """A nan is not hidden by a mask: added to minus infinity it is a nan still."""
+        for layer in self.layers:
+            layer.k[blocks], layer.v[blocks] = 0, 0
+
     def copy_block(self, source, target):
         for layer in self.layers:
             layer.k[target], layer.v[target] = layer.k[source], layer.v[source]
@@ -98,7 +103,7 @@ class LayerCache:
         self.v.flatten(0, 1).index_copy_(0, self.cache.slots, v.to(self.v.dtype))
         table, ends = self.cache.table, self.cache.ends
         q = q.to(self.k.dtype)
-        if VARLEN_PAGED and varlen_obstacle(self.k.device, self.k.dtype) is None and self.cache.block_size % 256 == 0:
+        if VARLEN_PAGED and varlen_obstacle(self.k.device, self.k.dtype) is None and self.cache.block_size % 256 == 0:   # FlashAttention 2's pages
             return varlen_attn(q, self.k, self.v, cu_seqlens, None, max_seqlen, table.shape[1] * self.k.shape[1], window_size=(-1, 0),
                                seqused_k=ends, block_table=table, **VARLEN_GQA)
         return cached_attention_operator(q, self.k, self.v, table, ends, cu_seqlens)
@@ -112,7 +117,7 @@ def cached_attention(q, k, v, table, ends, cu_seqlens):
     """
     out, counts = torch.empty_like(q), cu_seqlens.diff().tolist()
     P, lengths = k.shape[1], ends.tolist()
-    # Several sequences with one new token each, as nearly all are, and they come first: a rectangle, one call for all of them.
+    # Several sequences with one new token each, the usual case; the scheduler puts them first. One call for all, as a rectangle.
     single = next((i for i, count in enumerate(counts) if count > 1), len(counts))
     if single == 1:
         single = 0
@@ -182,9 +187,7 @@ class BlockPool:
     def take(self):
         """A free block, whose old content is forgotten."""
         block, _ = self.free.popitem(last=False)
-        if self.hashes[block] is not None:   # or a later text would find under this hash what is no longer here
-            del self.known[self.hashes[block]]
-            self.hashes[block] = None
+        self.disown([block])   # or a later text would find under its hash what is no longer here
         self.references[block] = 1
         return block
 
@@ -207,6 +210,13 @@ class BlockPool:
         if self.hashes[block] is None and hash not in self.known:
             self.known[hash] = block
             self.hashes[block] = hash
+
+    def disown(self, blocks):
+        """What the blocks hold is not to be found any more."""
+        for block in blocks:
+            if self.hashes[block] is not None:
+                del self.known[self.hashes[block]]
+                self.hashes[block] = None
 
     def block_hashes(self, tokens):
         """The hash of every full block of a text, each a continuation of the one before."""

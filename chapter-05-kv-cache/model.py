@@ -270,7 +270,7 @@ class Transformer(nn.Module):
             x = RUN[self.checkpointing](layer, x, rotary, (cu_seqlens, max_seqlen), attend)
         if cache is not None:
             x = x[cu_seqlens[1:] - 1]                                                   # (S, D)
-        x = self.model.norm(x)                                                          # (T, D)
+        x = self.model.norm(x)                                                          # (T, D), with a cache (S, D)
         if targets is not None:
             return linear_cross_entropy(x, self.lm_head.weight, targets)
         return self.lm_head(x)                                                          # (T, V)

@@ -26,14 +26,14 @@ class Sequence:
     max_new_tokens: int
     sampling: object = None     # a generate.Sampling
     end_tokens: tuple = ()      # those that end the answer, and belong to it
-    stop: tuple = ()            # texts that end the answer, and do not
+    stop: tuple = ()            # texts that end the answer; the token that completes one is the last
     samples: int = 1            # answers wanted to the same prompt
     number: int = 0             # which of them this is
     prompt_length: int = 0
     computed: int = 0           # tokens that are in the cache
     table: list = field(default_factory=list)   # blocks
     hashes: list = field(default_factory=list)   # of its full blocks
-    finished: str = ""          # why: "length", "end", "stop", "cancelled"
+    finished: str = ""          # why: "length", "end", "stop", "cancelled", "nan"
     preemptions: int = 0
     dice: object = None
 
@@ -90,7 +90,7 @@ class Scheduler:
         pool = self.pool
         known = pool.longest_prefix(sequence.tokens) if self.prefix_cache else []
         needed = -(-len(sequence.tokens) // pool.block_size) - len(known)
-        unused = sum(pool.references[block] == 0 for block in known)   # free as well, but not for anything else
+        unused = sum(pool.references[block] == 0 for block in known)   # count as free, but this sequence takes them
         if needed > len(pool.free) - unused:
             return 0
         for block in known:
@@ -147,12 +147,15 @@ class Scheduler:
         for block in sequence.table:
             self.pool.share(block)
         other.table, other.computed, other.hashes = list(sequence.table), sequence.computed, list(sequence.hashes)
-        self.running.append(other)
+        self.running.insert(self.running.index(sequence) + 1, other)   # as old as the one it comes from
 
-    def finish(self, sequence, reason):
+    def finish(self, sequence, reason, remember=True):
+        """remember=False: what its blocks hold must not be found again."""
         sequence.finished = reason
         if sequence in self.running:
             self.running.remove(sequence)
+            if not remember:
+                self.pool.disown(sequence.table)
             self.forget(sequence)
         else:
             self.waiting.remove(sequence)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_a_block_given_to_another_is_no_longer_found(chapter, model):
         assert sequence.answer == greedy(model, text(24, seed), 4)
 
 
-@pytest.mark.parametrize("num_blocks", [64, 20])
+@pytest.mark.parametrize("num_blocks", [64, 14])
 def test_samples_of_one_prompt_share_its_blocks_and_not_their_fate(chapter, model, num_blocks):
     """The last block is shared while it is not full: who writes first gets a copy. A fork's answer is reproducible."""
     prompt, sampling = text(18, seed=2), chapter.generate.Sampling(temperature=1.0, seed=3)
@@ -256,9 +257,9 @@ def test_samples_of_one_prompt_share_its_blocks_and_not_their_fate(chapter, mode
         engine.step()
         tables = [sequence.table for sequence in engine.scheduler.running]
         assert len(tables) == 4 and all(table[:4] == tables[0][:4] for table in tables)
-        found = {sequence.number: sequence.answer for sequence in finish(engine)}
-        assert len(found) == 4
-        return found
+        ended = finish(engine)
+        assert len(ended) == 4 and (sum(sequence.preemptions for sequence in ended) > 0) == (settings_["num_blocks"] < 20)
+        return {sequence.number: sequence.answer for sequence in ended}
     few, many = answers(num_blocks=num_blocks), answers(num_blocks=60, max_tokens=32)
     assert few == many and len(set(map(tuple, few.values()))) == 4
     alone = make_engine(chapter, model)
@@ -309,11 +310,43 @@ def test_stop_texts_end_tokens_and_lengths(chapter, model):
 
 def test_what_can_never_fit_is_refused(chapter, model):
     engine = make_engine(chapter, model, num_blocks=4)
-    for prompt, new in (([], 3), (text(10), 7), (text(100), 100)):
+    for prompt, new, others in (([], 3, {}), (text(10), 7, {}), (text(100), 100, {}), (text(5), 0, {}), ([5, V], 3, {}), ([-1], 3, {}),
+                                (text(5), 3, {"stop": ("",)}), (text(5), 3, {"samples": 0})):
         with pytest.raises(chapter.errors.InputError):
-            engine.add(prompt, new)
+            engine.add(prompt, new, **others)
+    assert not engine.busy() and engine.step() == []
+    for wrong in ({"temperature": -1}, {"top_p": 0}, {"min_p": 1e-40}, {"repetition_penalty": 0}):
+        with pytest.raises(chapter.errors.InputError):
+            chapter.generate.Sampling(**wrong)
     engine.add(text(10), 6)
     finish(engine)
+
+
+def test_scores_that_are_no_numbers_end_one_answer_and_spoil_no_other(chapter, model):
+    """Not even of who gets its blocks later: a nan under a mask is a nan still."""
+    broken = chapter.model.Transformer(replace(model.config, tie_word_embeddings=False))
+    broken.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        broken.model.embed_tokens.weight = torch.nn.Parameter(broken.model.embed_tokens.weight.clone())
+        broken.model.embed_tokens.weight[50] = float("nan")
+    engine = make_engine(chapter, broken, num_blocks=8)
+    bad, good = (engine.add(prompt, 6, greedy_sampling(chapter)) for prompt in ([1, 2, 3, 50, 4], [1, 2, 3, 4, 5]))
+    finish(engine)
+    assert bad.finished == "nan" and bad.answer == [] and good.answer == greedy(broken, [1, 2, 3, 4, 5], 6)
+    later = [engine.add(text(n, seed=1), 5, greedy_sampling(chapter)) for n in (3, 9)]
+    finish(engine)
+    assert [sequence.answer for sequence in later] == [greedy(broken, text(n, seed=1), 5) for n in (3, 9)]
+
+
+def test_nobody_stops_for_the_prompt_of_another(chapter, model):
+    """The samples of a prompt go on while a long prompt, which came later, is computed in chunks."""
+    engine = make_engine(chapter, model, max_tokens=16)
+    engine.add(text(8), 12, greedy_sampling(chapter), samples=4)
+    long = engine.add(text(60, 1), 5, greedy_sampling(chapter))
+    engine.step()
+    while long.pending > 1 and not long.answer:
+        answered = [sequence for sequence, _ in engine.step()]
+        assert sum(sequence is not long for sequence in answered) == 4
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -325,7 +358,13 @@ def test_any_schedule(chapter, model, data):
     engine = make_engine(chapter, model, num_blocks=-(-tokens // block_size), block_size=block_size,
                          max_tokens=data.draw(st.sampled_from([1, 3, 8, 40])), max_sequences=data.draw(st.integers(1, 5)),
                          prefix_cache=data.draw(st.booleans()))
-    asked = []
+    asked, step, seen = [], engine.step, {}
+
+    def watched():
+        answered = step()
+        seen.update(dict.fromkeys(sequence for sequence, _ in answered))
+        return answered
+    engine.step = watched
     for _ in range(data.draw(st.integers(1, 7))):
         prompt = text(data.draw(st.integers(1, 20)), seed=data.draw(st.integers(0, 1)))   # many begin alike
         samples = data.draw(st.integers(1, 3))
@@ -339,8 +378,10 @@ def test_any_schedule(chapter, model, data):
             check_laws(engine)
     finish(engine)
     assert len(engine.scheduler.pool.free) == engine.scheduler.pool.num_blocks
-    for prompt, sequence, _ in asked:
-        expected = greedy(model, prompt, sequence.max_new_tokens)
+    for prompt, sequence, samples in asked:
+        assert sequence.finished == "cancelled" or sum(other.tokens[:len(prompt)] == prompt for other in seen) >= samples
+    for sequence in {**seen, **dict.fromkeys(sequence for _, sequence, _ in asked)}:   # the forks too
+        expected = greedy(model, sequence.tokens[:sequence.prompt_length], sequence.max_new_tokens)
         assert sequence.finished
         assert sequence.answer == (expected[:len(sequence.answer)] if sequence.finished == "cancelled" else expected)
 
