@@ -128,7 +128,7 @@ def sample(logits, temperature, top_k, top_p, dice, min_p=None):
     ids = torch.arange(len(scores))
     if min_p:
         scores[scores.exp() < min_p] = float("-inf")
-    if top_k or top_p:   # only these need an order, and to sort Qwen's 151,936 scores takes longer than one of its layers
+    if top_k or top_p:   # only these need an order, and Qwen has 151,936 scores to sort
         scores, ids = scores.sort(descending=True)               # best first
         scores[top_k or len(scores):] = float("-inf")
     if top_p:

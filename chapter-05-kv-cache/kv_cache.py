@@ -138,7 +138,6 @@ def cached_attention(q, k, v, table, ends, cu_seqlens):
 
 
 # Opaque to the compiler, as grouped_attention is. Nothing is to be differentiated here, so this plain registration will do.
-# It costs less than custom_op's, and there is a call in each layer for each token.
 library = torch.library.Library(CHAPTER, "FRAGMENT")
 library.define("cached_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor ends, Tensor cu_seqlens) -> Tensor")
 library.impl("cached_attention", cached_attention, "CompositeExplicitAutograd")
@@ -152,7 +151,7 @@ def read(x, table):
         rows = table[:, 0].tolist()
         if rows == list(range(rows[0], rows[0] + len(rows))):
             return x[rows[0]:rows[0] + len(rows)]
-    return x.index_select(0, table.flatten()).unflatten(0, table.shape).flatten(1, 2)   # several times as fast as x[table]
+    return x.index_select(0, table.flatten()).unflatten(0, table.shape).flatten(1, 2)   # faster than x[table]
 
 
 def attention(q, k, v, hidden):
