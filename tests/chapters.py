@@ -7,7 +7,16 @@ Set CHAPTERS_ROOT to load from another copy of the repository: the planted bugs 
 
 The contracts of DESIGN.md are tested once, for every chapter that has a train.py: fixture `chapter` (conftest.py). What
 such a test needs and the chapters do differently is here: Chapter is how it goes from chapter 2 on, Chapter1 the exception.
+
+A test that says what code it needs,
+
+    @pytest.mark.reaches("generate.sample", "data")      one name of generate.py, and all of data.py
+
+is left out for a chapter where that code, and all that it reaches within the folder, is the same as in an earlier chapter for
+which the test runs: the same code does the same. Such a test may use no other module of the chapter. A chapter that changes
+a letter of that code (comments aside) is tested again, and so is every chapter with ALL=1 in the environment.
 """
+import ast
 import contextlib
 import functools
 import importlib
@@ -35,6 +44,7 @@ class Chapter:
     def __getattr__(self, name):
         if not (self.folder / f"{name}.py").is_file():
             raise AttributeError(f"{self.folder} has no {name}.py")
+        assert Chapter.allowed is None or name in Chapter.allowed, f"the test's mark `reaches` does not name {name}.py"
         own = {path.stem for path in self.folder.glob("*.py")}
         others = {key: sys.modules.pop(key) for key in own & sys.modules.keys()}
         sys.modules.update(self.modules)
@@ -55,6 +65,8 @@ class Chapter:
         return done
 
     # ---------------------------------------------------------------------------- for the tests that chapters share
+
+    allowed = None   # the modules that the running test may use, if it says which: mark `reaches`
 
     quick = ("--batch-tokens", 256)   # of a short run on text_file
     filling = "packed"                # how the bar of a run calls what is done about documents of different lengths
@@ -100,6 +112,21 @@ class Chapter:
         return saved | {"model": saved["model"] | {"vocab": vocab | {"a": vocab["b"], "b": vocab["a"]}}}
 
     wrong_tokenizers = ({"model": [1, 2]}, {"added_tokens": None}, {"pre_tokenizer": None})
+    saved = ("model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json")   # OUT/checkpoint/
+    clip = "clip_grad_norm_"   # what of torch.nn.utils the loop clips with
+
+    def where_weights_are_written(self):
+        """(module, name) of a function that fails where a disk is full."""
+        return self.model, "save_file"
+
+
+class Sharded(Chapter):
+    """From chapter 6 on each rank writes its part of a checkpoint. What this changes test_sharded_checkpoint.py has of its own."""
+    saved = ("shard-00001-model-00001-of-00001.safetensors", "state.json", "tokenizer.json")
+    clip = "clip_grads_with_norm_"
+
+    def where_weights_are_written(self):
+        return self.sharded_checkpoint.HuggingFaceStorageWriter, "write_data"
 
 
 class Chapter1(Chapter):
@@ -139,11 +166,24 @@ class Chapter1(Chapter):
 
     wrong_tokenizers = ({"tokens": [1, 2]}, {"kind": "words"})
 
+    def where_weights_are_written(self):
+        return self.checkpoint, "save_file"
+
+
+def set_up(patch, module, *arguments):
+    """Prepare a call of a script's main(). Most of a short training run's time would go into samples and the machine's ceiling."""
+    patch.setattr("sys.argv", [module.__file__, *map(str, arguments)])
+    if hasattr(module, "write_sample"):
+        write_sample = module.write_sample
+        patch.setattr(module, "write_sample", lambda *given: write_sample(*given[:-1], min(given[-1], 20)))
+    if hasattr(module, "gemm_ceiling"):
+        patch.setattr(module, "gemm_ceiling", lambda device, dtype: 1e12)
+
 
 def run_here(module, *arguments):
     """Run a script's main() without a new process. Returns what it printed; its errors come through."""
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [module.__file__, *map(str, arguments)])
+        set_up(patch, module, *arguments)
         module.main()
     return printed.getvalue()
 
@@ -157,6 +197,55 @@ def expect_error(result, *words):
         assert str(word) in lines[0], (word, lines[0])
 
 
+def binds(statement, name):
+    """Whether a module's statement gives the name its meaning. One that is no definition may do anything, so it does."""
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        return statement.name == name
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return name in [alias.asname or alias.name for alias in statement.names]
+    if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+        return name in [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    main_block = isinstance(statement, ast.If) and "__main__" in ast.dump(statement.test)
+    docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return not main_block and not docstring
+
+
+@functools.cache
+def reached(folder, *names):
+    """The code of the chapter that these names reach: (name, its statements)... "data" is all of data.py, "data.pack" one name."""
+    found, ahead = {}, list(names)
+    while ahead:
+        name = ahead.pop()
+        module, _, symbol = name.partition(".")
+        if name in found or not (folder / f"{module}.py").is_file():
+            continue
+        statements = [statement for statement in ast.parse((folder / f"{module}.py").read_bytes()).body
+                      if not symbol or binds(statement, symbol)]
+        found[name] = tuple(ast.dump(statement) for statement in statements)
+        for node in itertools.chain.from_iterable(map(ast.walk, statements)):
+            if isinstance(node, ast.Import):
+                ahead += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                ahead += [f"{node.module}.{alias.name}" for alias in node.names] if symbol else [node.module]
+            elif isinstance(node, ast.Name) and symbol:
+                ahead.append(f"{module}.{node.id}")
+    return frozenset(found.items())
+
+
+def twins(items):
+    """Of pytest's items those with the mark `reaches` whose code an earlier one of another chapter has tested."""
+    seen, twins = set(), []
+    for item in items:
+        mark = item.get_closest_marker("reaches")
+        name = next((value for value in item.callspec.params.values() if value in TRAINED), None) if mark else None
+        if name:
+            key = item.nodeid.replace(name, ""), reached(load_chapter(name).folder, *mark.args)
+            if key in seen:
+                twins.append(item)
+            seen.add(key)
+    return twins
+
+
 CHAPTERS = sorted(path.name for path in CHAPTERS_ROOT.glob("chapter-0*"))
 TRAINED = [name for name in CHAPTERS if (CHAPTERS_ROOT / name / "train.py").is_file()]
 chapter1 = Chapter1("chapter-01-foundations")
@@ -164,4 +253,6 @@ chapter1 = Chapter1("chapter-01-foundations")
 
 @functools.cache   # a second copy would register the chapter's operators anew, and the first copy's would be gone
 def load_chapter(name):
-    return chapter1 if name == chapter1.folder.name else Chapter(name)
+    if name == chapter1.folder.name:
+        return chapter1
+    return (Sharded if (CHAPTERS_ROOT / name / "sharded_checkpoint.py").is_file() else Chapter)(name)

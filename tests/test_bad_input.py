@@ -71,17 +71,17 @@ def test_out_that_cannot_be_written(chapter, tmp_path, text_file, call):
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(chapter, out, text_file, call, monkeypatch):
-    before = load_file(out / "checkpoint" / "model.safetensors")
+    before = {path.name: load_file(path) for path in (out / "checkpoint").glob("*.safetensors")}
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
-    # where the weights are written
-    monkeypatch.setattr(chapter.model if hasattr(chapter.model, "save_file") else chapter.checkpoint, "save_file", full)
+    monkeypatch.setattr(*chapter.where_weights_are_written(), full)
     run = ["--data", text_file, *chapter.quick, "--steps", 4, "--out", out]
     expect_error(call(chapter.train, *run, "--resume"), "No space left", out)
     monkeypatch.undo()
-    after = load_file(chapter.checkpoint.complete_checkpoint(out) / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    after = {path.name: load_file(path) for path in chapter.checkpoint.complete_checkpoint(out).glob("*.safetensors")}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[file][name]) for file in before for name, tensor in before[file].items())
 
 
 # ----------------------------------------------------------------------------------------- resume and checkpoints
@@ -104,13 +104,16 @@ def test_resume_on_changed_data_names_the_difference(chapter, out, text_file, tm
     expect_error(call(chapter.train, "--data", other, *chapter.quick, "--steps", 4, "--out", out, "--resume"), "data")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json"])
-def test_resume_from_a_damaged_checkpoint_names_the_file(chapter, name, out, text_file, call):
+def test_resume_from_a_damaged_checkpoint_names_the_file(chapter, out, text_file, call):
     run = ["--data", text_file, *chapter.quick, "--steps", 4, "--out", out, "--resume"]
-    truncate(out / "checkpoint" / name)
-    expect_error(call(chapter.train, *run), name)
-    (out / "checkpoint" / name).unlink()
-    expect_error(call(chapter.train, *run), name)
+    for name in chapter.saved:
+        path = out / "checkpoint" / name
+        whole = path.read_bytes()
+        truncate(path)
+        expect_error(call(chapter.train, *run), name)
+        path.unlink()
+        expect_error(call(chapter.train, *run), name)
+        path.write_bytes(whole)
 
 
 # ---------------------------------------------------------------------------------------------- generate.py
@@ -164,6 +167,8 @@ def test_a_tokenizer_of_the_wrong_types(chapter, out, call):
 
 def test_an_optimizer_of_another_run(chapter, out, text_file, call):
     path = out / "checkpoint" / "optimizer.safetensors"
+    if path.name not in chapter.saved:
+        pytest.skip("test_sharded_checkpoint.py has one of its own")
     run = ["--data", text_file, *chapter.quick, "--steps", 4, "--out", out, "--resume"]
     whole = load_file(path)
     for tensors in ({"0.exp_avg": torch.zeros(3)}, whole | {"0.exp_avg": torch.zeros(3)},
@@ -175,7 +180,7 @@ def test_an_optimizer_of_another_run(chapter, out, text_file, call):
 @pytest.mark.parametrize("change", ["missing", "extra"])
 def test_weights_that_are_missing_or_too_many(chapter, change, out, call):
     path = out / "model.safetensors"
-    weights, metadata = chapter.checkpoint.read_tensors(path)
+    weights, metadata = load_file(path), chapter.checkpoint.read_metadata(path)
     if change == "missing":
         del weights["model.norm.weight"]
     else:

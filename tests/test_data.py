@@ -96,6 +96,7 @@ def test_tiny_shakespeare_is_cut_where_the_standard_split_is(chapter, tmp_path):
     assert abs(chapter.data.num_bytes(validation) - path.stat().st_size * 0.1) <= 100   # half of the longest document
 
 
+@pytest.mark.reaches("data.python_docs", "data.load_documents", "data.num_bytes")
 def test_python_docs_is_there_without_network(chapter, monkeypatch):
     documents = chapter.data.python_docs()
     monkeypatch.setattr(chapter.data, "python_docs", lambda: documents)

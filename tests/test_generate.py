@@ -7,7 +7,7 @@ import torch
 from chapters import chapter1, run_here
 
 
-def draws(chapter, logits, n=4000, **settings):
+def draws(chapter, logits, n=2000, **settings):
     dice = torch.Generator().manual_seed(0)
     settings = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
     return torch.tensor([chapter.generate.sample(logits.clone(), dice=dice, **settings) for _ in range(n)])
@@ -16,6 +16,7 @@ def draws(chapter, logits, n=4000, **settings):
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 
 
+@pytest.mark.reaches("generate.sample")
 @pytest.mark.parametrize("settings, kept", [
     ({}, [0, 1, 2, 3, 4]), ({"temperature": 0.5}, [0, 1, 2, 3, 4]), ({"top_k": 2}, [1, 3]), ({"top_k": 99}, [0, 1, 2, 3, 4]),
     ({"top_p": 0.4}, [1]), ({"top_p": 0.41}, [1, 3]), ({"top_p": 0.8}, [1, 3, 4]), ({"top_p": 1e-6}, [1]),
@@ -103,6 +104,7 @@ def test_interactive_survives_a_character_that_the_tokenizer_does_not_know(tmp_p
     assert status == 0 and out.startswith("ROMEO:") and "\nJULIET:" in out and "€" in err and "€" not in out
 
 
+@pytest.mark.reaches("generate.stream")
 def test_a_character_split_over_two_tokens_is_printed_whole(chapter, capsys):
     class Bytes:
         tokens = [b"\xc3", b"\xa9", b"!"]

@@ -3,8 +3,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import warm
 from chapters import TRAINED, expect_error, load_chapter, run_here
 
 CACHED = [name for name in TRAINED if (load_chapter(name).folder / "kv_cache.py").is_file()]
@@ -473,10 +472,9 @@ assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1   # all steps
 
 
 @has_compiler
-def test_compiled_decode_gives_the_same_tokens(chapter, tmp_path):
+def test_compiled_decode_gives_the_same_tokens(chapter, compiled_kernels):
     """In a process of its own: the compiler looks modules up by their names."""
-    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=chapter.folder, capture_output=True, text=True,
-                          env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    done = warm.run("-c", COMPILED, cwd=chapter.folder, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiled_kernels)})
     assert done.returncode == 0, done.stderr
 
 
@@ -487,6 +485,7 @@ def test_a_layer_that_does_not_fit_the_kernel_keeps_to_torch(chapter, monkeypatc
     assert [hasattr(layer, "product") for layer in layers] == [True, False, False]
 
 
+@pytest.mark.parametrize("chapter", ["chapter-05-kv-cache"], indirect=True)   # the next one measures something else
 def test_benchmark_counts_what_it_says(chapter, monkeypatch, tmp_path, call):
     """Small and quick: every part runs and writes its table; the workloads are those that the docstrings describe."""
     benchmark = chapter.benchmark

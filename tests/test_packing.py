@@ -126,6 +126,7 @@ def test_packs_of_an_example(chapter):
     assert numbers(chapter.data.pack(windows, 10, [])) == []
 
 
+@pytest.mark.reaches("data.pack", "data.LOOKAHEAD")
 @pytest.mark.parametrize("lookahead", [256, 1, 5])
 def test_packs_of_random_windows(chapter, monkeypatch, lookahead):
     """Every window once, never over the budget, in order but for those that wait, and who waits longest goes first."""
@@ -148,6 +149,7 @@ def test_packs_of_random_windows(chapter, monkeypatch, lookahead):
             waiting = [i for i in waiting if i not in set(pack)]
 
 
+@pytest.mark.reaches("data.python_docs", "data.tokenize", "data.training_packs", "tokenizer")
 @pytest.mark.parametrize("budget", [1024, 4096])
 def test_less_than_one_percent_of_the_budget_is_wasted_on_natural_documents(chapter, python_docs, budget):
     windows, _ = chapter.data.tokenize(*python_docs, budget)
@@ -164,6 +166,7 @@ def python_docs(chapter):
     return documents, chapter.make_tokenizer(documents[::20], 1024)
 
 
+@pytest.mark.reaches("data.pack", "data.LOOKAHEAD")
 def test_a_large_budget_is_filled_with_more_documents_than_the_packer_looks_at_in_once(chapter):
     windows = [([0] * 20, [0] * 20)] * 1000
     assert [len(pack) for pack in chapter.data.pack(windows, 8000, range(1000))] == [400, 400, 200]

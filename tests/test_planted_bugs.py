@@ -3,10 +3,10 @@ names must turn red. They are the chapters' exercises too: apply one with `git a
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
+import warm
 from chapters import ROOT
 
 PATCHES = sorted((ROOT / "tests" / "planted_bugs").glob("*.patch"))
@@ -23,6 +23,5 @@ def test_the_named_test_turns_red(patch, tmp_path):
     # Outside a repository git apply takes paths as they are, and would skip them in silence inside one.
     environment = os.environ | {"CHAPTERS_ROOT": str(tmp_path), "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
     subprocess.run(["git", "apply", patch], cwd=tmp_path, env=environment, check=True)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", fields["Test"]], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, timeout=200)
+    done = warm.run("-m", "pytest", "-q", "-p", "no:cacheprovider", fields["Test"], cwd=ROOT, env=environment)
     assert done.returncode == 1 and " failed" in done.stdout, f"{patch.name} goes unnoticed\n{done.stdout[-2000:]}"

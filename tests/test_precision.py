@@ -1,4 +1,5 @@
 """From chapter 4 on: the loss in chunks, recomputed layers, accumulated packs, scaled and rounded gradients, counted bytes."""
+import functools
 import itertools
 import json
 import math
@@ -63,6 +64,7 @@ def test_loss_in_chunks_equals_the_plain_one(chapter, T, tied, monkeypatch):
         torch.testing.assert_close(model(*model_inputs, batch.targets), plain)
 
 
+@pytest.mark.reaches("linear_cross_entropy", "held")
 def test_loss_in_chunks_never_holds_all_logits(chapter, monkeypatch):
     monkeypatch.setattr(chapter.linear_cross_entropy, "CHUNK", 16)
     x, weight = torch.randn(512, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
@@ -72,6 +74,7 @@ def test_loss_in_chunks_never_holds_all_logits(chapter, monkeypatch):
         assert (held.peak > 512 * 300 * 4) == whole
 
 
+@pytest.mark.reaches("linear_cross_entropy")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_in_chunks_in_few_bits(chapter, dtype, monkeypatch):
     """Against the exact gradient: no worse than twice what torch makes of the same inputs, and nothing vanishes in float16."""
@@ -93,6 +96,7 @@ def test_loss_in_chunks_in_few_bits(chapter, dtype, monkeypatch):
         assert ours.dtype == torch.float32
 
 
+@pytest.mark.reaches("linear_cross_entropy")
 def test_loss_script_runs(chapter):
     assert "gradients differ" in run_here(chapter.linear_cross_entropy)
 
@@ -117,13 +121,13 @@ def test_recomputed_layers_have_the_same_gradients(chapter, checkpointing, preci
 def test_accumulated_packs_equal_one_large_batch(chapter, text_file, tmp_path, monkeypatch):
     """train.py's own loop: the gradient of its first step, over packs of unequal numbers of targets, against one batch of all."""
     found = []
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = getattr(torch.nn.utils, chapter.clip)
 
-    def spy(parameters, limit):
+    def spy(parameters, limit, *norm):
         parameters = list(parameters)
         found.append([parameter.grad.clone() for parameter in parameters])
-        return clip(parameters, limit)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+        return clip(parameters, limit, *norm)
+    monkeypatch.setattr(torch.nn.utils, chapter.clip, spy)
     text = [json.loads(json.dumps({"messages": [{"role": "user", "content": "a " * (5 * i)}, {"role": "assistant", "content": "b " * (90 // (i + 1))}]}))
             for i in range(40)]
     chats = tmp_path / "chats.jsonl"
@@ -148,6 +152,7 @@ def test_accumulated_packs_equal_one_large_batch(chapter, text_file, tmp_path, m
 
 # -------------------------------------------------------------------------------------------------------------- precision
 
+@pytest.mark.reaches("precision")
 def test_scaler_equals_that_of_torch(chapter):
     """The same weights and the same scale after steps of which some overflow."""
     ours, theirs = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
@@ -173,6 +178,7 @@ def test_scaler_equals_that_of_torch(chapter):
     assert any(a < b for a, b in zip(scales, scales[1:])) and any(a > b for a, b in zip(scales, scales[1:]))
 
 
+@pytest.mark.reaches("precision")
 def test_scaler_of_other_precisions_does_nothing(chapter):
     scaler = chapter.precision.GradScaler("bf16")
     for finite in [True] * 2000 + [False]:
@@ -180,6 +186,7 @@ def test_scaler_of_other_precisions_does_nothing(chapter):
     assert scaler.scale == 1
 
 
+@pytest.mark.reaches("precision")
 def test_stochastic_rounding_is_right_on_average(chapter):
     torch.manual_seed(0)
     x = torch.tensor([1.0, 1.001, -3.14159, 1e-30, 70000.3, 1 / 3])
@@ -192,6 +199,7 @@ def test_stochastic_rounding_is_right_on_average(chapter):
     assert error.max() < 4 * 0.5 / math.sqrt(20_000), error   # four standard errors
 
 
+@pytest.mark.reaches("precision")
 def test_adamw_by_hand_is_adamw_but_for_the_rounding(chapter, monkeypatch):
     monkeypatch.setattr(chapter.precision, "round_stochastically", lambda x: x)
     torch.manual_seed(0)
@@ -209,14 +217,24 @@ def test_adamw_by_hand_is_adamw_but_for_the_rounding(chapter, monkeypatch):
             torch.testing.assert_close(a, b)
 
 
+@pytest.fixture(scope="module")
+def score(chapter, text_file, tmp_path_factory):
+    """score(precision) -> (bits per byte, folder) of a run of 25 steps; each is run once. A CPU may need long for products of few bits."""
+    @functools.cache
+    def score(precision):
+        out = tmp_path_factory.mktemp(precision)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(chapter.model.CONFIGS, "small", small_config(chapter, vocab_size=300, hidden_size=64, intermediate_size=128))
+            run_here(chapter.train, "--data", text_file, *chapter.quick, "--steps", 25, "--precision", precision, "--out", out)
+        return json.loads((out / "summary.json").read_text())["val_bits_per_byte"], out
+    return score
+
+
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.02), ("fp16", 0.01), ("bf16-pure", 0.05)])
-def test_few_bits_stay_near_float32(chapter, precision, tolerance, text_file, tmp_path):
-    losses = {}
-    for name in ("fp32", precision):
-        run_here(chapter.train, "--data", text_file, *chapter.quick, "--steps", 25, "--precision", name, "--out", tmp_path / name)
-        losses[name] = json.loads((tmp_path / name / "summary.json").read_text())["val_bits_per_byte"]
-    assert losses[precision] == pytest.approx(losses["fp32"], rel=tolerance) and losses[precision] != losses["fp32"]
-    stored = load_file(tmp_path / precision / "model.safetensors")["model.embed_tokens.weight"].dtype
+def test_few_bits_stay_near_float32(score, precision, tolerance):
+    (bits, out), (expected, _) = score(precision), score("fp32")
+    assert bits == pytest.approx(expected, rel=tolerance) and bits != expected
+    stored = load_file(out / "model.safetensors")["model.embed_tokens.weight"].dtype
     assert stored == (torch.bfloat16 if precision == "bf16-pure" else torch.float32)
 
 
@@ -253,6 +271,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_checkpoint(chapter, text_fi
 
 # ----------------------------------------------------------------------------------------------------------------- memory
 
+@pytest.mark.reaches("held")
 def test_held_counts_what_lives(chapter):
     with chapter.held.Held() as held:
         a = torch.ones(1000)

@@ -1,8 +1,6 @@
 """From chapter 3 on: counted FLOPs, the groups of a profile, and a compiled step that is the same step."""
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +11,8 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from chapters import TRAINED, load_chapter, run_here
+import warm
+from chapters import TRAINED, expect_error, load_chapter, run_here
 
 PROFILED = [name for name in TRAINED if hasattr(load_chapter(name), "profiling")]
 pytestmark = pytest.mark.parametrize("chapter", PROFILED, indirect=True)
@@ -111,9 +110,8 @@ def test_a_profile_sums_to_the_step_and_changes_nothing(chapter, text_file, tmp_
     assert not (tmp_path / "off" / "profile").exists()
 
 
-def test_a_profile_that_no_step_would_end_is_refused(chapter, text_file, tmp_path):
-    done = chapter.run("train.py", "--data", text_file, "--profile", "--steps", 20, "--out", tmp_path, check=False)
-    assert done.returncode == 2 and done.stderr == "error: --profile needs 23 steps, not 20\n"
+def test_a_profile_that_no_step_would_end_is_refused(chapter, text_file, tmp_path, call):
+    expect_error(call(chapter.train, "--data", text_file, "--profile", "--steps", 20, "--out", tmp_path), "--profile needs 23 steps, not 20")
     run = ("--data", text_file, *chapter.quick, "--out", tmp_path)
     run_here(chapter.train, *run, "--steps", 3)
     with pytest.raises(chapter.errors.InputError, match="--profile needs 23 steps, not 21"):   # so many are left
@@ -166,8 +164,7 @@ assert graphs[1] == graphs[-1] <= 2, graphs
 """
 
 
-def test_compiled_equals_eager_and_compiles_no_more_after_two_batches(chapter, tmp_path):
+def test_compiled_equals_eager_and_compiles_no_more_after_two_batches(chapter, compiled_kernels):
     """In a process of its own: the compiler looks modules up by their names."""
-    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=chapter.folder, capture_output=True, text=True,
-                          env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    done = warm.run("-c", COMPILED, cwd=chapter.folder, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiled_kernels)})
     assert done.returncode == 0, done.stderr

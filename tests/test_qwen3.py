@@ -1,9 +1,6 @@
 """The model from chapter 2 on: equal to the reference Qwen3 in logits, gradients and files; documents that never see each other."""
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import warm
 from chapters import TRAINED, chapter1, load_chapter
 
 CHAPTERS = {name: load_chapter(name) for name in TRAINED if name != chapter1.folder.name}
@@ -370,12 +368,6 @@ def test_a_published_folder_opens(folder):
     assert torch.equal(model(*pack()), expected(*pack()))
 
 
-def run_python(script, *arguments, **environment):
-    """Run some lines in a process of their own, inside the chapter's folder."""
-    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], cwd=chapter.folder,
-                          env=os.environ | environment, capture_output=True, text=True)
-
-
 def test_loading_takes_the_memory_of_one_model(tmp_path):
     model = qwen3.Transformer(replace(CONFIG, hidden_size=512, intermediate_size=1536, num_hidden_layers=10))
     qwen3.save_pretrained(model, tmp_path)
@@ -384,7 +376,7 @@ def test_loading_takes_the_memory_of_one_model(tmp_path):
               "before = peak()\n"
               "loaded = model.load_pretrained(sys.argv[1])\n"
               "print((peak() - before) * (1 if sys.platform == 'darwin' else 1024))")
-    done = run_python(script, tmp_path)
+    done = warm.run("-c", script, tmp_path, cwd=chapter.folder)   # a process of its own, whose memory nobody else used
     size = (tmp_path / "model.safetensors").stat().st_size
     assert int(done.stdout) < 1.4 * size, f"{int(done.stdout):,} bytes for a file of {size:,}"
 
@@ -505,8 +497,11 @@ def test_hub_names(monkeypatch, folder):
 
 
 def test_no_network_is_one_line(tmp_path):
-    script = "import errors, model; errors.run(lambda: model.load_pretrained('Qwen/Qwen3-0.6B'))"
-    done = run_python(script, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    script = ("import sys, errors, model\n"
+              "from huggingface_hub import constants\n"
+              "constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = True, sys.argv[1]   # the variables of that name were read long ago\n"
+              "errors.run(lambda: model.load_pretrained('Qwen/Qwen3-0.6B'))")
+    done = warm.run("-c", script, tmp_path, cwd=chapter.folder)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "Qwen/Qwen3-0.6B" in done.stderr and "without network, give a folder" in done.stderr
 
