@@ -38,6 +38,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from errors import InputError
 
+# What torch 2.13 calls all_gather_single and reduce_scatter_single.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 PATIENCE = datetime.timedelta(minutes=5)   # how long a rank waits for the others before it gives up
 
 
@@ -72,7 +75,7 @@ class Group:
             return tensor if out is None else out.copy_(tensor)
         out = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:]) if out is None else out
         self.count(out)
-        dist.all_gather_into_tensor(out, tensor.contiguous(), group=self.pg)
+        all_gather(out, tensor.contiguous(), group=self.pg)
         return out
 
     def reduce_scatter(self, tensor):
@@ -82,7 +85,7 @@ class Group:
         assert tensor.shape[0] % self.size == 0, f"{tensor.shape[0]} rows do not divide by {self.size} ranks"
         out = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
         self.count(tensor)
-        dist.reduce_scatter_tensor(out, tensor.contiguous(), group=self.pg)
+        reduce_scatter(out, tensor.contiguous(), group=self.pg)
         return out
 
     def all_to_all(self, tensor, send, receive):

@@ -128,7 +128,11 @@ def run(order, mesh, batches, forward, empty, before_last_backward=lambda: None,
             start = time.perf_counter()
             out = forward(batches[i], x)
             losses.append(out.detach().float() if last else torch.zeros((), device=out.device))
-            alive[i] = x, out, None if last else pp.send(out.detach(), pp.rank + 1)
+            sent = None if last else pp.send(out.detach(), pp.rank + 1)
+            if torch.is_grad_enabled():
+                alive[i] = x, out, sent
+            elif sent:
+                sending.append((sent, out))   # nobody will ask for it again
         else:
             x, out, sent = alive.pop(i)
             dout = None if last else receive(back, torch.empty_like(out), pp.rank + 1)

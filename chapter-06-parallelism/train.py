@@ -152,7 +152,8 @@ def loss_sum(model, batch, precision="fp32", mesh=parallel.ALONE, x=None):
 def stream(model, batch, mesh):
     """An empty tensor for what the stage before hands on of a pack: (T, D) of this rank's tokens."""
     T = len(batch.input_ids) // mesh.cp.size // mesh.tp.size
-    return next(model.parameters()).new_empty(T, model.config.hidden_size)
+    weight = next(model.parameters())   # not weight.new_empty: where fully_shard has cut it that would be a DTensor too
+    return torch.empty(T, model.config.hidden_size, dtype=weight.dtype, device=weight.device)
 
 
 @torch.no_grad()
@@ -274,9 +275,9 @@ def main():
 
     if arguments.compile and config.num_experts:
         raise InputError("--compile: the compiler cannot follow how many tokens each expert gets; train without it")
-    if arguments.precision == "bf16-pure" and arguments.pp > 1 and config.tie_word_embeddings:
-        raise InputError("--precision bf16-pure rounds by chance, and the first and the last of --pp would each round the token table"
-                         " that they share in another way; use bf16")
+    if arguments.precision == "bf16-pure" and (arguments.pp > 1 and config.tie_word_embeddings or config.vocab_size % arguments.tp):
+        raise InputError("--precision bf16-pure rounds by chance, and ranks that hold the same weights would round them differently: with"
+                         " --pp where the token table is tied, with --tp where it does not divide the vocabulary; use bf16")
 
     # Cut the model: what is left of it is this rank's part. Then share among those that hold the same part what need not be there twice.
     parallel.label(model, mesh)
@@ -356,6 +357,8 @@ def main():
         norm = parallel.clip_gradients(data.parameters(), copies, mesh, 1.0)
         finite = norm.isfinite().item()
         if finite:
+            if mesh.world.size > 1:   # whatever they have drawn before: those who hold the same weights must round them alike
+                torch.manual_seed((arguments.seed + 1_000_003 * state["step"]) % 2 ** 63)
             optimizer.step()
             data.after_step()
         scaler.update(finite)

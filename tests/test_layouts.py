@@ -3,15 +3,13 @@
 accumulate x dp is 4 in all of them, so that all take the same steps: packs of different lengths, shared out over the ranks.
 """
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from chapters import expect_error, load_chapter, run_here
+from chapters import load_chapter, run_here
 from ranks import CHAPTER
 
 SIZES = dict(vocab_size=301, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4,
@@ -23,7 +21,7 @@ BEFORE = "chapter-05-kv-cache"
 LAYOUTS = ["--dp 1", "--dp 2", "--cp 2", "--pp 2", "--pp 2 --schedule gpipe", "--tp 2"]
 LAYOUTS += [f"--dp 2 --zero {stage}" for stage in (1, 2, 3)] + ["--dp 2 --zero torch", "--cp 2 --zero 3", "--dp 2 --precision bf16"]
 LAYOUTS += ["--dp 4 --zero 3", "--tp 4", "--cp 4", "--pp 4", "--dp 2 --tp 2", "--dp 2 --pp 2", "--dp 2 --cp 2 --zero 3", "--tp 2 --pp 2",
-            "--cp 2 --tp 2", "--cp 2 --pp 2 --zero 1", "--dp 2 --tp 2 --zero 3", "--dp 2 --pp 2 --zero 2 --checkpointing full"]
+            "--dp 2 --pp 2 --zero torch", "--cp 2 --tp 2", "--cp 2 --pp 2 --zero 1", "--dp 2 --tp 2 --zero 3", "--dp 2 --pp 2 --zero 2 --checkpointing full"]
 MIXED = ["--dp 1", "--dp 2", "--dp 2 --ep 2", "--dp 4 --ep 2 --zero 3", "--dp 4 --ep 4", "--dp 2 --ep 2 --pp 2", "--cp 2 --zero 3"]
 
 
@@ -148,3 +146,33 @@ def test_a_run_goes_on_in_another_layout(first, second, ranks, reference, text_f
     after = run(ranks, second, sizes, text_file, tmp_path, "--resume")
     assert len(before[0]) == len(after[0]) == 2
     assert before[0] + after[0] == pytest.approx(losses, rel=1e-5) and before[1] + after[1] == pytest.approx(norms, rel=1e-4)
+
+
+def saved(chapter, *arguments):
+    """In a rank: train(), and {piece: its bytes} of the last checkpoint."""
+    held = {}
+    save = chapter.train.save_checkpoint
+
+    def remember(out, config, parameters, *rest):
+        held.update({(p.piece.name, p.piece.offset, p.shape): p.detach().view(torch.int16).numpy().tobytes() for p in parameters})
+        save(out, config, parameters, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chapter.train, "save_checkpoint", remember)
+        train(chapter, *arguments)
+    return held
+
+
+@pytest.mark.parametrize("first, second", [("--pp 2", "--dp 2"), ("--dp 2 --zero 1", "--cp 2")])
+def test_replicas_round_alike_after_any_resume(first, second, ranks, text_file, tmp_path):
+    """bf16-pure rounds by chance, and ranks of another layout have drawn differently."""
+    sizes = SIZES | {"tie_word_embeddings": False}
+    common = ["--data", str(text_file), "--batch-tokens", "100", "--steps", "4", "--save-every", "2", "--out", str(tmp_path),
+              "--precision", "bf16-pure", "--resume"]
+    ranks(2, train, 2, sizes, True, *common, *flags(first))
+    one, other = ranks(2, saved, 2, sizes, False, *common, *flags(second))
+    assert one.keys() == other.keys() and all(one[piece] == other[piece] for piece in one)
+
+
+def test_ranks_that_would_round_differently_are_refused(ranks, text_file, tmp_path):
+    with pytest.raises(AssertionError, match="InputError: --precision bf16-pure rounds by chance"):
+        ranks(2, train, 2, SIZES, False, "--data", str(text_file), "--out", str(tmp_path), "--tp", "2", "--precision", "bf16-pure")
