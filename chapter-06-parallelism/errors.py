@@ -47,10 +47,25 @@ def run(main):
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)   # what all ranks find rank 0 tells, and then torchrun ends the others; what this one alone found it tells
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:   # the reader of our output has left, as in `generate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        time.sleep(5)   # most often another rank has died and left this one alone: then torchrun ends it before it says so at length
+        sys.excepthook(*sys.exc_info())
+        leave(1)
+
+
+def leave(status):
+    """sys.exit; but a rank goes at once, without goodbye: NCCL's waits for the other ranks, and these wait for this one."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

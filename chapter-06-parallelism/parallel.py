@@ -186,7 +186,7 @@ def start(device, dp=None, cp=1, pp=1, tp=1, ep=1):
     tell_when_ended()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    join("nccl" if device == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)
     mesh = make_mesh(device, dp, cp, pp, tp, ep)
     if not mesh.is_main:
@@ -194,23 +194,39 @@ def start(device, dp=None, cp=1, pp=1, tp=1, ep=1):
     return mesh
 
 
+def join(backend):
+    """Meet the other ranks in torchrun's store, where each leaves its address for the others.
+
+    When torchrun starts all ranks again the store stays, with the addresses of the dead in it, and whoever comes first would
+    call those. So every start has a part of the store of its own. But on several machines each torchrun counts only its own
+    starts; there put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, which makes a new store for every start.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":   # one machine
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+
+
 def tell_when_ended():
-    """Where a rank has died torchrun sends SIGTERM to the others. Rank 0 says why it goes.
+    """Where a rank has died torchrun sends SIGTERM to the others, and Ctrl-C sends SIGINT to all. Rank 0 says why it goes.
 
     In a thread: the main one may be waiting for the dead rank, inside a collective, where no handler of Python's runs.
     """
     pipe, signals = os.pipe()
     os.set_blocking(signals, False)
     signal.set_wakeup_fd(signals)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    why = {signal.SIGINT: "interrupted",
+           signal.SIGTERM: "error: torchrun ends all ranks: one of them has died, or torchrun itself was told to end;"
+                           " what was saved is complete, --resume goes on from there"}
+    for number in why:
+        signal.signal(number, lambda *_: None)
 
     def wait():
-        while os.read(pipe, 1)[0] != signal.SIGTERM:
+        while (number := os.read(pipe, 1)[0]) not in why:
             pass
         if os.environ["RANK"] == "0":
-            print("error: torchrun ends all ranks, because one of them has; what was saved is complete: --resume goes on from there",
-                  file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGTERM)
+            print(f"\n{why[number]}", file=sys.stderr, flush=True)   # on a line of its own, not at the end of the bar
+        os._exit(128 + number)
     threading.Thread(target=wait, daemon=True).start()
 
 
