@@ -25,8 +25,9 @@ from chapters import expect_error, load_chapter, set_up
 from ranks import CHAPTER
 from test_layouts import SIZES, train
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 START = warm.context().get_start_method().replace("forkserver", "fork")   # what began warm forks itself
-LONG = 100   # seconds in which everything here ends, or it hangs
+LONG = 200   # seconds in which everything here ends, or it hangs
 BAD = "error: "
 
 
@@ -163,6 +164,22 @@ def test_killed_ranks_start_again_and_the_run_goes_on(layout, torchrun, text_fil
     assert names[0] == names[1]   # nothing half-written is left
     whole, killed = (json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("whole", "out"))
     assert all(whole[key] == killed[key] for key in ("tokens", "steps", "val_bits_per_byte", "flops_per_token"))
+
+
+def test_every_start_has_its_own_part_of_the_store(monkeypatch):
+    """Or a rank that is early finds the address that a dead one has left there; in half of all restarts it would wait for that."""
+    parallel, store, joined = load_chapter(CHAPTER).parallel, torch.distributed.HashStore(), []
+    monkeypatch.setattr(parallel.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *_, store, **__: joined.append(store))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    for start, machines in ("0", "1"), ("1", "1"), ("2", "2"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+        parallel.join("gloo")
+    first, second, of_several = joined
+    first.set("address", "dead")
+    assert first.check(["address"]) and not second.check(["address"])
+    assert of_several is store   # where each torchrun counts for itself, the count would keep the ranks apart
 
 
 def test_a_killed_rank_ends_the_run_with_one_message(torchrun, flags, tmp_path):
