@@ -183,6 +183,9 @@ def start(device, dp=None, cp=1, pp=1, tp=1, ep=1):
         raise InputError(f"--ep {ep} is a part of --dp {dp}, so it must divide it")
     if "RANK" not in os.environ:
         return ALONE
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if device == "mps" or device == "cuda" and local > torch.cuda.device_count():
+        raise InputError(f"{local} ranks need as many CUDA GPUs in this machine; with --device cpu they share its processor")
     tell_when_ended()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

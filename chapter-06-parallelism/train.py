@@ -314,6 +314,7 @@ def main():
     seen = {}                   # what the bar shows
     start -= state["seconds"]   # time spent before the resume counts too
     loss_of = torch.compile(loss_sum, fullgraph=True, mode=arguments.compile) if arguments.compile else loss_sum
+    sampler = device if mesh.world.size == 1 else "cpu"   # beside its part of the model a GPU may have no room for the whole
     profiler, skipped = None, 0
 
     while True:
@@ -387,7 +388,7 @@ def main():
             _, bits = evaluate(model, val_documents[::8], tokenizer, arguments.batch_tokens, device, arguments.precision, mesh)
             if mesh.is_main:
                 writer.add_scalar("validation/bits_per_byte_of_an_eighth", bits, state["step"])
-                writer.add_text("sample", write_sample(load_model(arguments.out, device)[0], tokenizer, val_documents[0], 60), state["step"])
+                writer.add_text("sample", write_sample(load_model(arguments.out, sampler)[0], tokenizer, val_documents[0], 60), state["step"])
             seen["validation"] = f"{bits:.3f} bits per byte"
     bar.close()
 
@@ -399,7 +400,7 @@ def main():
     summary = write_summary(arguments, state, parameters, mesh, source, device, nats, bits)
     writer.add_hparams({**settings, "steps": state["step"]}, {"validation/bits_per_byte": bits}, run_name=".")
     writer.close()
-    print(write_sample(load_model(arguments.out, device)[0], tokenizer, val_documents[0], 200), end="\n\n")
+    print(write_sample(load_model(arguments.out, sampler)[0], tokenizer, val_documents[0], 200), end="\n\n")
     print(f"{bits:.4f} bits per byte on the validation documents ({nats:.4f} nats per token) after {state['step']:,} steps,"
           f" {state['tokens']:,} tokens, {state['seconds']:.0f} s; {summary['tokens_per_second']:,.0f} tokens/s")
     prompt = '"ROMEO:" 200' if isinstance(val_documents[0], str) else '--chat "..." 200'
