@@ -55,7 +55,8 @@ class PagedCache:
         slots = torch.tensor([table[t // P] * P + t % P for table, length, count in spans
                               for t in range(length, length + count)])                  # (T,)
         width = max((length + count - 1) // P + 1 for _, length, count in spans)        # B
-        table = torch.tensor([(table + [0] * width)[:width] for table in tables], dtype=torch.int32)   # (S, B)
+        # Filled up with a block of its own: of another's a nan would come through, added to the mask's minus infinity.
+        table = torch.tensor([(table + table[:1] * width)[:width] for table in tables], dtype=torch.int32)   # (S, B)
         ends = torch.tensor([length + count for _, length, count in spans], dtype=torch.int32)         # (S,)
         cu_seqlens = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)            # (S+1,)
         self.slots, self.table, self.ends, positions, cu_seqlens = (

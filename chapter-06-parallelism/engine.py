@@ -88,7 +88,8 @@ class Engine:
                 try:
                     one.tokens.append(next_token(scores.clone(), one.tokens, self.tokenizer, one.sampling, one.dice))
                 except InputError:
-                    self.cache.erase(one.table)   # or what is no number would still be there for who gets the blocks next
+                    # Or what is no number would still be there for who gets the blocks next. What others share is theirs.
+                    self.cache.erase([block for block in one.table if self.scheduler.pool.references[block] == 1])
                     self.scheduler.finish(one, "nan", remember=False)
                     continue
                 answered.append((one, one.tokens[-1]))

@@ -335,6 +335,15 @@ def test_scores_that_are_no_numbers_end_one_answer_and_spoil_no_other(chapter, m
     later = [engine.add(text(n, seed=1), 5, greedy_sampling(chapter)) for n in (3, 9)]
     finish(engine)
     assert [sequence.answer for sequence in later] == [greedy(broken, text(n, seed=1), 5) for n in (3, 9)]
+    # Nor of a text that runs on and shares its first blocks, nor of shorter ones beside it, while its prompt is computed in chunks.
+    engine, beginning = make_engine(chapter, broken, num_blocks=40, max_tokens=8), text(9, seed=2)
+    good = [engine.add(prompt, 12, greedy_sampling(chapter)) for prompt in (beginning, [1, 2, 3])]
+    for _ in range(4):
+        engine.step()
+    bad = [engine.add([*beginning[:8], *prompt], 6, greedy_sampling(chapter)) for prompt in ([50, 4], [50] + text(30))]
+    finish(engine)
+    assert [sequence.finished for sequence in bad] == ["nan", "nan"]
+    assert [sequence.answer for sequence in good] == [greedy(broken, beginning, 12), greedy(broken, [1, 2, 3], 12)]
 
 
 def test_nobody_stops_for_the_prompt_of_another(chapter, model):
