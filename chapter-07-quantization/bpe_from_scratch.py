@@ -1,0 +1,265 @@
+"""Byte pair encoding: learn the tokens of a language model from text, then cut any text into them.
+
+A model reads numbers. Single characters make sequences long, and every position costs computation; whole words make
+the vocabulary endless, and a name or a typo has no number at all. BPE starts from the 256 bytes, so that nothing is
+ever unknown, and merges the two neighbours that occur together most often into a new token, again and again (Sennrich
+et al. 2016; on bytes: GPT-2, Radford et al. 2019). A thousand merges, and a token holds more than two bytes.
+
+    python bpe_from_scratch.py        (in this folder)
+
+Three words: the text is first split into *pieces* (about: words), inside which all merging happens; a *token* is bytes
+that the vocabulary knows; its *rank* is its number and at the same time its age, 0-255 the bytes, then merge by merge.
+"""
+import heapq
+import math
+import statistics
+import time
+from collections import Counter, defaultdict
+
+import regex   # not re, which has no \p{L}; tiktoken depends on it, so it is here
+
+from errors import run
+
+# Qwen's rule for where a token may not reach across. Beside GPT-2's: capital 'S too, any one sign before a word, digits
+# one by one, so that a number is written in one way only, and line ends stay with the signs before them.
+SPLIT_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+                 r"""|\s*[\r\n]+|\s+(?!\S)|\s+""")
+PIECES = regex.compile(SPLIT_PATTERN)
+
+
+def valid_unicode(text):
+    """Make a str encodable as UTF-8, in the way of tiktoken. Text that already is comes back unchanged.
+
+    A Python str may hold surrogates, halves of a character that UTF-16 writes in two; JSON with \\ud83d in it is the
+    usual source. Two halves that fit become the character they mean; a lone one becomes U+FFFD, the replacement mark.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# ---------------------------------------------------------------------------------------------------- train
+
+def train_bpe(documents, num_merges):
+    """Learn num_merges tokens from a list of str. Returns ranks, a dict from the bytes of a token to its number.
+
+    The 256 single bytes come first, then the merges in their order. Of several equally frequent candidates the one
+    whose bytes sort first is taken, so the result depends on nothing but the text. There are fewer merges than asked
+    for if no two neighbours occur together twice any more.
+
+    The plain algorithm recounts the text for each merge. Here nothing is counted twice. Equal pieces are merged alike,
+    so each distinct one is kept once, with its frequency. A merge changes counts only beside the places where it
+    happens, and where[...] remembers the words to look into. A heap has the most frequent candidate ready.
+    """
+    pieces = Counter(piece for document in documents for piece in PIECES.findall(valid_unicode(document)))
+    words = [[bytes([byte]) for byte in piece.encode()] for piece in pieces]
+    frequencies = list(pieces.values())
+
+    # A candidate is the bytes that two neighbours would become, not the pair of them. tiktoken looks bytes up, so a+bc
+    # and ab+c, if both were there, would have to be one token. (They never both are: each merge runs from left to right
+    # through every word, so the same bytes between two token ends are cut the same way everywhere. The assert below
+    # watches over it; a merge that misses one place would end it.)
+    counts = Counter()         # candidate -> how often it occurs in the text; in aaa, aa occurs twice
+    where = defaultdict(set)   # candidate -> numbers of the words in which it occurs, or has occurred
+    for number, word in enumerate(words):
+        for left, right in zip(word, word[1:]):
+            counts[left + right] += frequencies[number]
+            where[left + right].add(number)
+    heap = [(-count, candidate) for candidate, count in counts.items()]   # heapq pops the smallest
+    heapq.heapify(heap)
+
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    while heap and len(ranks) < 256 + num_merges:
+        count, token = heapq.heappop(heap)
+        if -count != counts[token]:   # an old entry: a count that changes pushes a new one and leaves this in place
+            continue
+        if counts[token] < 2:
+            break
+        assert token not in ranks, f"{token} would be merged twice, as ranks {ranks[token]} and {len(ranks)}"
+        ranks[token] = len(ranks)
+        changes = Counter()
+        for number in where.pop(token):
+            for candidate, change in merge_in_place(words[number], token):
+                changes[candidate] += change * frequencies[number]
+                if change > 0:
+                    where[candidate].add(number)
+        changes[token] = -counts[token]   # all of them are gone, the overlapping ones too
+        for candidate, change in changes.items():
+            counts[candidate] += change
+            heapq.heappush(heap, (-counts[candidate], candidate))
+    return ranks
+
+
+def merge_in_place(word, token):
+    """Merge, from left to right, the neighbours in word (a list of bytes) that make token.
+
+    Yields (candidate, +1 or -1) for each candidate that thereby comes or goes beside them.
+    """
+    i = 0
+    while i < len(word) - 1:
+        if word[i] + word[i + 1] == token:
+            if i > 0:
+                yield word[i - 1] + word[i], -1
+                yield word[i - 1] + token, +1
+            if i + 2 < len(word):
+                yield word[i + 1] + word[i + 2], -1
+                yield token + word[i + 2], +1
+            word[i:i + 2] = [token]
+        i += 1
+
+
+# ----------------------------------------------------------------------------------------- encode and decode
+
+def encode(text, ranks):
+    """Text to token ids, the same as those of tiktoken.Encoding with these ranks and SPLIT_PATTERN.
+
+    The one exception: a character younger than the Unicode tables in one of the two regex engines is a letter here and
+    a symbol there. Merges are the same then, but a piece may end elsewhere.
+    """
+    return encode_bytes(valid_unicode(text).encode(), ranks)
+
+
+def encode_bytes(data, ranks):
+    """Any bytes to token ids, UTF-8 or not: decode gives exactly these bytes back.
+
+    SPLIT_PATTERN works on characters. surrogateescape turns a byte that is not UTF-8 into a character that stands for
+    nothing else, and after splitting back into the byte.
+    """
+    pieces = PIECES.findall(data.decode(errors="surrogateescape"))
+    return [rank for piece in pieces for rank in encode_piece(piece.encode(errors="surrogateescape"), ranks)]
+
+
+def encode_piece(piece, ranks):
+    """Repeat the training on one piece (bytes): always the oldest merge that is possible, and of equals the leftmost.
+
+    Not the longest token that fits: the merges must come in the order in which they were learned, or the model meets
+    cuts that it never saw in training. Quadratic in the length of the piece, which is harmless for words.
+    """
+    if piece in ranks:   # tiktoken's short cut; trained ranks lead to the same token, ranks made otherwise may not
+        return [ranks[piece]]
+    tokens = [piece[i:i + 1] for i in range(len(piece))]
+    while len(tokens) > 1:
+        merged = [left + right for left, right in zip(tokens, tokens[1:])]
+        oldest = min(merged, key=lambda token: ranks.get(token, math.inf))   # min takes the first of equals
+        if oldest not in ranks:
+            break
+        i = merged.index(oldest)
+        tokens[i:i + 2] = [oldest]
+    return [ranks[token] for token in tokens]
+
+
+def decode(ids, ranks):
+    """Token ids to bytes. Only the whole is UTF-8: a token may end inside a character, so join first, then decode."""
+    tokens = {rank: token for token, rank in ranks.items()}
+    return b"".join(tokens[i] for i in ids)
+
+
+# ----------------------------------------------------------------------------------------- something to look at
+
+def first_merges(ranks, num_merges):
+    """The ranks as they were after num_merges: training longer only appends."""
+    return {token: rank for token, rank in ranks.items() if rank < 256 + num_merges}
+
+
+def token_counts(pieces, ranks):
+    """How often each token id occurs in a text, given as a Counter of its pieces."""
+    counts = Counter()
+    for piece, frequency in pieces.items():
+        for rank in encode_piece(piece.encode(), ranks):
+            counts[rank] += frequency
+    return counts
+
+
+def show_merges(ranks):
+    """Merges early and late, each with the two tokens it joins: what its bytes were cut into before it existed."""
+    tokens = list(ranks)
+    for start in (0, 60, 250, 1000, 4000):
+        print()
+        for token in tokens[256 + start:256 + start + 4]:
+            number = ranks[token] - 256
+            left, right = (repr(tokens[i])[1:] for i in encode_piece(token, first_merges(ranks, number)))
+            print(f"    merge {number + 1:>5,}   {left:>12} + {right:<10} -> {repr(token)[1:]:<16} id {ranks[token]}")
+
+
+def show_cuts(sentence, ranks):
+    for num_merges in (0, 64, 256, 1024):
+        fewer = first_merges(ranks, num_merges)
+        tokens = [decode([i], fewer).decode(errors="replace") for i in encode(sentence, fewer)]
+        print(f"    {num_merges:>5} merges {len(tokens):>4} tokens   {'|'.join(tokens)}")
+
+
+def show_compression(training, held_out, ranks):
+    """Print bytes per token as the merges grow. Returns rows (vocabulary, training, held out, uses of a new token)."""
+    parts = (training, held_out)
+    pieces = [Counter(piece for document in part for piece in PIECES.findall(document)) for part in parts]
+    sizes = [sum(len(document.encode()) for document in part) for part in parts]
+    print(f"    {'':>7}{'':>12}{'bytes per token':>22}{'a merged token occurs':>26}")
+    print(f"    {'merges':>7}{'vocabulary':>12}{'training':>12}{'held out':>10}{'(median, in training)':>26}")
+    rows = []
+    for num_merges in (0, 64, 256, 1024, 4096, len(ranks) - 256):
+        fewer = first_merges(ranks, num_merges)
+        counts = [token_counts(counted, fewer) for counted in pieces]
+        ratios = [size / count.total() for size, count in zip(sizes, counts)]
+        uses = statistics.median([counts[0][i] for i in range(256, len(fewer))]) if num_merges else None
+        print(f"    {num_merges:>7,}{len(fewer):>12,}{ratios[0]:>12.2f}{ratios[1]:>10.2f}"
+              + (f"{uses:>20,.0f} times" if num_merges else ""))
+        rows.append((len(fewer), *ratios, uses))
+    return rows
+
+
+def draw_compression(rows, path):
+    """Bytes per token against the size of the vocabulary, on the text that was trained on and on held-out text."""
+    from matplotlib.figure import Figure   # here, because train.py imports this file and draws nothing
+
+    vocabulary, training, held_out, uses = zip(*rows)
+    fig = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
+    ax = fig.subplots()
+    ax.plot(vocabulary, training, "o-", color="#1f6f8b")
+    ax.plot(vocabulary, held_out, "o-", color="#d9822b")
+    ax.text(vocabulary[-1] * 1.08, training[-1], "training text", color="#1f6f8b", va="center")
+    ax.text(vocabulary[-1] * 1.08, held_out[-1], "held-out text", color="#d9822b", va="center")
+    for size, ratio, n in list(zip(vocabulary, training, uses))[1:]:
+        ax.annotate(f"{n:,.0f}x", (size, ratio), (-6, 6), textcoords="offset points", ha="right", color="#888888")
+    ax.text(215, 3.6, "grey: how often a merged token\noccurs in the training text (median)", color="#888888",
+            va="center")
+    ax.set(xscale="log", xlim=(195, vocabulary[-1] * 2.4), ylim=(0.8, 4.1), xlabel="vocabulary (256 bytes + merges)",
+           ylabel="bytes per token", title="More merges: shorter sequences, and less text to learn each token from")
+    ax.set_xticks(vocabulary, [f"{size:,}" for size in vocabulary])
+    ax.minorticks_off()
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path)
+
+
+def main():
+    from data import fetch, load_documents   # here, because data.py imports this file for train.py's tokenizer
+    from report import FIGURES
+
+    training, held_out = load_documents(fetch("tinyshakespeare"))
+    size = sum(len(document.encode()) for document in training)
+    start = time.perf_counter()
+    first = train_bpe(training, num_merges=1024)
+    seconds = time.perf_counter() - start
+    ranks = train_bpe(training, num_merges=size)   # all there are: every merge shortens the text
+    assert list(ranks)[:len(first)] == list(first), "longer training changed the first merges"
+    print(f"\n1. Training. {len(training):,} documents, {size:,} bytes: 1,024 merges take {seconds:.2f} seconds."
+          f"\n   After {len(ranks) - 256:,} merges no two neighbours occur together twice. Old merges and young ones:")
+    show_merges(ranks)
+
+    lines = [line for document in held_out for line in document.splitlines()]
+    sentence = min(lines, key=lambda line: abs(len(line) - 48))   # as long as fits below
+    print("\n2. Encoding. A sentence that was not in the training text, after the first merges:\n")
+    show_cuts(sentence, ranks)
+
+    print("\n3. How far to go? Short sequences are cheap, but what hardly occurs is hardly learned:\n")
+    rows = show_compression(training, held_out, ranks)
+    draw_compression(rows, FIGURES / "bpe_compression.png")
+
+    print("\n4. Any bytes come back, UTF-8 or not:\n")
+    for data in (b"na\xc3\xafve \xf0\x9f\x99\x82", bytes([0, 200, 255, 128])):
+        ids = encode_bytes(data, ranks)
+        assert decode(ids, ranks) == data, (decode(ids, ranks), data)
+        print(f"    {str(data):<38} -> {ids}")
+    print("\nAt work: tiktoken to encode (tiktoken_demo.py: the same ids, faster), Hugging Face tokenizers to train.\n"
+          "Bytes per token as a picture: figures/bpe_compression.png")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,86 @@
+"""Checkpoints that survive a kill at any instant, and a resume that continues bit for bit.
+
+    OUT/checkpoint/          everything a resumed run needs, replaced as a whole
+    OUT/config.json          the model for everyone else: generate.py, transformers
+    OUT/model.safetensors
+    OUT/tokenizer.json
+    OUT/tokenizer_config.json
+
+Only safetensors and JSON: a pickle runs whatever code it contains when it is opened.
+"""
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import safe_open
+
+from errors import InputError
+from model import checkpoint_folder, load_pretrained, save_pretrained
+from tokenizer import load_tokenizer
+
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+# --------------------------------------------------------------------------------------------------- saving
+
+def save_model(folder, model, tokenizer):
+    """The four files of MODEL_FILES: all that is needed to use the model."""
+    tokenizer.save(folder)
+    save_pretrained(model, folder, {"tokenizer": sha256(folder / "tokenizer.json")})
+
+
+def replace_folder(temporary, final):
+    """Put a finished folder in the place of an older one, so that a complete one exists at every instant.
+
+    Renaming is atomic, but a folder cannot be renamed onto another. So the old one steps aside first, and
+    complete_checkpoint() looks there too.
+    """
+    for path in [*temporary.iterdir(), temporary]:   # a name must not reach the disk before the bytes it names
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    old = final.with_suffix(".old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+def complete_checkpoint(out):
+    """The last complete checkpoint folder of a run, or None."""
+    return next((Path(out) / name for name in ("checkpoint", "checkpoint.old") if (Path(out) / name).is_dir()), None)
+
+
+def load_model(dir_or_hub_id, device="cpu", dtype=None):
+    """A folder with the four model files, or a Hugging Face checkpoint -> (model, tokenizer).
+
+    dtype: of the weights, the file's where it is None. Raises InputError that names the file and the difference.
+    """
+    folder = checkpoint_folder(dir_or_hub_id)
+    if not any(folder.glob("model*.safetensors")):
+        raise InputError(f"no model.safetensors in {folder}; train one first: python {Path(__file__).parent.name}/train.py")
+    tokenizer = load_tokenizer(folder)
+    model = load_pretrained(folder, device, dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:   # fewer is fine: Qwen's table has rows to spare
+        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding in"
+                         f" config.json only {model.config.vocab_size} rows")
+    trained_with = read_metadata(folder / "model.safetensors").get("tokenizer")
+    if trained_with and (folder / "tokenizer.json").is_file() and trained_with != sha256(folder / "tokenizer.json"):
+        raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than tokenizer.json holds")
+    return model, tokenizer
+
+
+def read_metadata(path):
+    """What a safetensors file says about itself, {} if there is none: the weights may be spread over several files."""
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

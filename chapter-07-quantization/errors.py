@@ -1,0 +1,71 @@
+"""Bad input is part of the interface: one line that says what is wrong and what to do, and exit status 2."""
+import argparse
+import os
+import sys
+import time
+
+
+class InputError(Exception):
+    """Something the reader can put right: a missing file, an impossible flag, a damaged checkpoint."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with the defaults shown in --help and one line for a wrong flag instead of the whole usage."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise InputError(f"{message} (--help lists all flags)")
+
+
+def positive(kind):
+    """An argparse type: an int or a float above zero."""
+    def convert(text):
+        number = kind(text)
+        if not 0 < number < 2 ** 31:
+            raise argparse.ArgumentTypeError(f"{text} is not a number above zero and below 2**31")
+        return number
+    convert.__name__ = kind.__name__   # what argparse calls it in "invalid int value"
+    return convert
+
+
+def seed(text):
+    """An argparse type: a number that every random generator takes."""
+    number = int(text)
+    if not 0 <= number < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**63 - 1")
+    return number
+
+
+def run(main):
+    """Run a script's main(). Bad input ends in one line and status 2; anything else is our bug and keeps its traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)   # what all ranks find rank 0 tells, and then torchrun ends the others; what this one alone found it tells
+        print(f"error: {error}", file=sys.stderr)
+        leave(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:   # the reader of our output has left, as in `generate.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        time.sleep(5)   # most often another rank has died and left this one alone: then torchrun ends it before it says so at length
+        sys.excepthook(*sys.exc_info())
+        leave(1)
+
+
+def leave(status):
+    """sys.exit; but a rank goes at once, without goodbye: NCCL's waits for the other ranks, and these wait for this one."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

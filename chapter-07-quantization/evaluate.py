@@ -1,0 +1,168 @@
+"""What each bit costs: every method, made from one checkpoint and measured side by side.
+
+    python evaluate.py                                     (in this folder, after train.py)
+    python evaluate.py --qat out-qat --group 32            also of a run of train.py --qat int4; groups of 32
+
+Quality is bits per byte over all validation documents. Bytes are those of model.safetensors, and those of the tensors once loaded.
+Speed is that of one text, with the products of few_rows.py; the methods take turns. Nothing here is compiled, so that for a small
+model the time goes to Python, whatever the bits: benchmark.py has the speeds of Qwen3 0.6B.
+Writes OUT/quantized/METHOD/ for each method, results/evaluate.json and figures/evaluate.png.
+"""
+import itertools
+import math
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from checkpoint import load_model, save_model
+from data import IGNORE, fetch, load_documents, num_bytes, pack, packed_sequence_collate_fn, tokenize
+from errors import ArgumentParser, InputError, positive, run
+from few_rows import for_few_rows
+from generate import Sampling, generate_batch
+from model import checkpoint_folder, packed_attention, read_config
+from quantize import METHODS, predicted_bytes, quantize
+from quantized_cache import rounded_attention
+from report import FIGURES, write_results
+from train import choose_device, keep_memory
+
+CACHE_BLOCK = 32          # tokens that share a scale in a quantized cache
+PROMPT, NEW = 256, 48     # tokens of the text that speed is measured with
+COLORS = {"float": "#888888", "int8": "#1f6f8b", "int4": "#d9822b", "QAT": "#b23a48"}
+
+
+@torch.no_grad()
+def validate(model, full, documents, tokenizer, batch_tokens=1024, attend=packed_attention):
+    """Over all targets: bits per byte; the divergence from the full model, in bits per byte; perplexity, e to the nats per token.
+
+    The divergence (Kullback-Leibler) is what a text costs more that the full model has written. It is zero only for equal models, where
+    bits per byte go up and down: some of the answers that rounding changes become better by chance.
+    attend: that of a cache of integers, where there is one.
+    """
+    windows, _ = tokenize(documents, tokenizer, min(batch_tokens, model.config.max_position_embeddings))
+    nats = divergence = targets = 0
+    for chosen in pack(windows, batch_tokens, range(len(windows))):
+        batch = packed_sequence_collate_fn(chosen).to(model.model.norm.weight.device)
+        packed = batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
+        counted = batch.targets != IGNORE
+        ours, theirs = (logits[counted].float().log_softmax(-1) for logits in (model(*packed, attend=attend), full(*packed)))   # (T, V)
+        nats += F.nll_loss(ours, batch.targets[counted], reduction="sum").item()
+        divergence += F.kl_div(ours, theirs, log_target=True, reduction="sum").item()
+        targets += counted.sum().item()
+    bits = math.log(2) * num_bytes(documents)
+    return {"bits_per_byte": nats / bits, "divergence": 1e3 * divergence / bits, "perplexity": math.exp(nats / targets)}
+
+
+def held_bytes(model):
+    """Of all tensors of a model; one that has two names, as a tied table, counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
+
+
+def step_seconds(model, tokenizer, prompt, new):
+    """[prefill of the prompt, each token after the first]."""
+    times, start = [], time.perf_counter()
+    for _ in generate_batch(model, tokenizer, [prompt], new, Sampling(temperature=0)):
+        times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    return times
+
+
+def make_all(arguments, documents, device, folder):
+    """{row's name: folder of the model}: the checkpoint itself, in bfloat16, and as each method leaves it. Written into folder."""
+    folders = {"float32": checkpoint_folder(arguments.checkpoint), "bfloat16": folder / "bfloat16"}
+    sources = {"": arguments.checkpoint} | ({" after --qat": arguments.qat} if arguments.qat else {})
+    for method, (after, source) in itertools.product(METHODS, sources.items()):
+        for asymmetric in (False, True)[:1 if METHODS[method].bits == 8 or after else 2]:
+            if after and method != "int4":
+                continue
+            name = method + (", zero point" if asymmetric else "") + after
+            folders[name] = folder / name.replace(", ", "-").replace(" ", "-")
+            group = arguments.group if METHODS[method].bits == 4 else None
+            print(f"\n{name}", file=sys.stderr)
+            quantize(source, method, folders[name], group, asymmetric, documents, arguments.calibration_tokens, device)
+    model, tokenizer = load_model(arguments.checkpoint, dtype=torch.bfloat16)
+    folders["bfloat16"].mkdir(parents=True, exist_ok=True)
+    save_model(folders["bfloat16"], model, tokenizer)
+    return folders
+
+
+def measure(folders, documents, device, rounds):
+    """The rows of the table."""
+    rows, models, times = [], {}, {name: [] for name in folders}
+    for name, folder in folders.items():
+        model, tokenizer = load_model(folder, device)
+        full = models.get("float32", model.eval())
+        size, described = (folder / "model.safetensors").stat().st_size, model.config.quantization_config
+        rows.append({"name": name, "disk": size / 1e6, "memory": held_bytes(model) / 1e6} | validate(model.eval(), full, documents, tokenizer))
+        if described:
+            rows[-1]["predicted"] = predicted_bytes(model.config, described, model.model.norm.weight.itemsize) / 1e6
+        print(rows[-1], file=sys.stderr, flush=True)
+        if name == "float32":
+            for cache_bits in (8, 4):
+                quality = validate(model, full, documents, tokenizer, attend=rounded_attention(cache_bits, CACHE_BLOCK))
+                rows.append({"name": f"float32, cache in int{cache_bits}"} | quality)
+        models[name] = for_few_rows(model, use_kernel=device == "cpu")
+    prompt = next(ids for document in documents if len(ids := tokenizer.encode(str(document) * PROMPT)) >= PROMPT)[:PROMPT]
+    for _, (name, model) in itertools.product(range(rounds + 1), models.items()):
+        times[name].append(step_seconds(model, tokenizer, prompt, NEW))
+    for row in rows:
+        if row["name"] in times:   # the first round warms up
+            row["prefill"] = PROMPT / median(run[0] for run in times[row["name"]][1:])
+            row["decode"] = 1 / median(seconds for run in times[row["name"]][1:] for seconds in run[1:])
+    nearest = {row["name"]: row["bits_per_byte"] for row in rows}
+    for row in rows:
+        row["worse"] = f"{row['bits_per_byte'] / nearest['float32'] - 1:+.2%}"
+        like = "int4, zero point" if "zero point" in row["name"] else "int4"
+        if row["name"].startswith("int4") and row["name"] != like:
+            row["recovered"] = f"{(nearest[like] - row['bits_per_byte']) / (nearest[like] - nearest['float32']):.0%}"
+    return rows
+
+
+def draw(rows, path):
+    """Quality against bytes, and speed against bytes."""
+    figure = Figure(figsize=(10, 4.6), dpi=120, layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("bits_per_byte", "decode"), ("bits per byte (lower is better)", "tokens/s, one text")):
+        for row in rows:
+            if "disk" in row:
+                kind = "QAT" if "qat" in row["name"] else row["name"][:4] if row["name"].startswith("int") else "float"
+                axes.plot(row["disk"], row[key], "o", color=COLORS[kind])
+                axes.annotate(row["name"], (row["disk"], row[key]), xytext=(5, 3), textcoords="offset points", fontsize=7, color=COLORS[kind])
+        axes.set(xlabel="MB on disk", ylabel=label, xlim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
+COLUMNS = {"name": "weights", "bits_per_byte": "bits per byte", "worse": "worse by", "recovered": "of int4's loss recovered",
+           "divergence": "divergence, millibits per byte", "perplexity": "perplexity",
+           "disk": "MB on disk", "predicted": "MB predicted", "memory": "MB in memory", "prefill": "prefill tokens/s", "decode": "decode tokens/s"}
+
+
+def main():
+    keep_memory()
+    parser = ArgumentParser(description="Measure what each way to write the weights costs and gives.")
+    parser.add_argument("--checkpoint", default=Path(__file__).parent / "out", metavar="DIR|HUB_ID", help="the model to begin with")
+    parser.add_argument("--qat", metavar="DIR", help="also a model that train.py --qat int4 has made")
+    parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH", help="validation and calibration text, as in train.py")
+    parser.add_argument("--group", type=positive(int), default=128, metavar="N", help="4 bits: neighbours that share a scale")
+    parser.add_argument("--calibration-tokens", type=positive(int), default=16384, metavar="N", help="of the training text")
+    parser.add_argument("--rounds", type=positive(int), default=5, metavar="N", help="how often speed is measured")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", metavar="DIR", help="where to write the models: DIR/quantized")
+    arguments = parser.parse_args()
+    device, source = choose_device(arguments.device), fetch(arguments.data)
+    train_documents, val_documents = load_documents(source)
+    folders = make_all(arguments, train_documents, device, arguments.out / "quantized")
+    rows = measure(folders, val_documents, device, arguments.rounds)
+    name = "evaluate" if device == "cpu" else f"evaluate_{device}"
+    draw(rows, FIGURES / f"{name}.png")
+    command = f"python {Path(__file__).resolve().parent.name}/evaluate.py" + "".join(f" {argument}" for argument in sys.argv[1:])
+    print(write_results(name, command, COLUMNS, rows, device, source))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+"""Chapter 7's few_rows.cpp with integer weights: equal to a product with the matrix that the integers stand for."""
+import os
+import shutil
+
+import pytest
+import torch
+
+import warm
+from chapters import CHAPTERS_ROOT, ROOT, load_chapter
+
+if CHAPTERS_ROOT != ROOT:   # a planted bug's C++ must not take the place of what the other tests have compiled
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(CHAPTERS_ROOT / "extensions")
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+chapter = load_chapter("chapter-07-quantization")
+N, K = 36, 384
+
+
+def random_layer(format, dtype, generator, out_features=N, in_features=K):
+    """All integers occur in it, and scales that differ from group to group."""
+    kind = chapter.quantized.Int8Linear if format.bits == 8 else chapter.quantized.Int4Linear
+    layer = kind(in_features, out_features, format, dtype)
+    layer.weight.random_(*((-128, 128) if format.bits == 8 else (0, 256)), generator=generator)
+    layer.scale.data = torch.rand(layer.scale.shape, generator=generator).add(0.1).to(dtype)
+    if not format.symmetric:
+        layer.zero.random_(0, 16, generator=generator)
+    return layer
+
+
+def formats():
+    Format = chapter.integers.Format
+    return [Format(8), *(Format(4, group, symmetric) for group in (32, 64, 128, 192, 0) for symmetric in (True, False))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_integer_products_are_those_of_the_matrix_they_stand_for(dtype):
+    """For numbers of rows on both sides of every threshold."""
+    generator = torch.Generator().manual_seed(0)
+    for format in formats():
+        layer = random_layer(format, dtype, generator)
+        product = chapter.few_rows.integer_kernel(layer)
+        layer.scale.data = layer.scale.data.double()   # so that the reference is exact
+        weight = layer.dequantized()
+        layer.scale.data = layer.scale.data.to(dtype)
+        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 32):
+            x = torch.randn(rows, K, generator=generator).to(dtype) + 0.5   # a mean that is not zero: a wrong zero point shows
+            found, expected = product(x), x.double() @ weight.T
+            assert found.dtype == dtype and found.shape == (rows, N) and found.is_contiguous()
+            error = ((found.double() - expected).abs() / (x.double().abs() @ weight.abs().T)).max().item()
+            assert error < (1e-6 if dtype == torch.float32 else 4e-3), (format, rows, error)
+
+
+def test_x_may_be_a_view(dtype=torch.bfloat16):
+    """Of every second row, of every second column."""
+    generator = torch.Generator().manual_seed(0)
+    product = chapter.few_rows.integer_kernel(random_layer(chapter.integers.Format(4, 32), dtype, generator))
+    x = torch.randn(6, 2 * K, generator=generator).to(dtype)[::2, ::2]
+    assert torch.equal(product(x), product(x.contiguous()))
+
+
+def test_the_kernel_computes_the_layers_that_fit():
+    Format, quantized, few_rows = chapter.integers.Format, chapter.quantized, chapter.few_rows
+    generator = torch.Generator().manual_seed(0)
+    fit = [random_layer(format, torch.float32, generator) for format in formats()]
+    other = [random_layer(Format(4, 96), torch.float32, generator), quantized.W8A8Linear(K, N, Format(8), torch.float32),
+             random_layer(Format(8), torch.float32, generator, out_features=6),
+             random_layer(Format(8), torch.float32, generator, in_features=96),
+             random_layer(Format(8), torch.float16, generator)]
+    few_rows.for_few_rows(torch.nn.ModuleList(fit + other), use_kernel=True)
+    assert [layer.few for layer in fit] == [few_rows.FEW] * len(fit) and [layer.few for layer in other] == [0] * len(other)
+    x = torch.randn(few_rows.FEW + 1, K, generator=generator)
+    for layer in fit:
+        few, many = layer(x[:-1]), layer(x)
+        assert not torch.equal(few, many[:-1])   # rounded in another order: both ways have been taken
+        torch.testing.assert_close(few, many[:-1], rtol=1e-4, atol=1e-4 * many.std().item())
+    layer.weight = torch.zeros_like(layer.weight)   # loaded from a file, say
+    layer.zero = torch.zeros_like(layer.zero)
+    assert not layer(x[:1]).any()
+
+
+COMPILED = """
+import torch
+from benchmark import GREEDY, build
+from few_rows import FEW
+from generate import generate_batch
+from model import ModelConfig
+
+class Words:
+    vocab_size, end_of_text, end_of_turn = 97, 96, 95
+
+def answers(model, forward=None):
+    prompts = [list(range(5)), list(range(9, 18))]   # of different lengths
+    return [list(step.items()) for step in generate_batch(model, Words, prompts, 12, GREEDY, True, forward)]
+
+model = build(ModelConfig(vocab_size=100, hidden_size=64, intermediate_size=128), (4, 32), "cpu", torch.float32)
+layers = [module for module in model.modules() if hasattr(module, "few")]
+assert len(layers) == 15 and all(layer.few == FEW for layer in layers)
+by_kernel = answers(model)
+for layer in layers:
+    layer.few = 0
+assert answers(model) == by_kernel   # of the matrices that the integers stand for
+for layer in layers:
+    layer.few = FEW
+forward = torch.compile(model, fullgraph=True)
+assert answers(model, forward) == by_kernel and answers(model, forward) == by_kernel
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1   # all steps have the same shapes
+"""
+
+
+def test_compiled_decode_of_integers_gives_the_same_tokens(compiled_kernels):
+    """In a process of its own: the compiler looks modules up by their names."""
+    done = warm.run("-c", COMPILED, cwd=chapter.folder, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiled_kernels)})
+    assert done.returncode == 0, done.stderr

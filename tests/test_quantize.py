@@ -1,0 +1,369 @@
+"""Chapter 7: the formats, the layers that hold integers, the command, and the folders it writes."""
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from chapters import expect_error, load_chapter
+
+chapter = load_chapter("chapter-07-quantization")
+integers, quantized, quantize = chapter.integers, chapter.quantized, chapter.quantize
+Format = integers.Format
+FORMATS = [Format(8), Format(4, 32), Format(4), Format(4, 32, False), Format(4, 16, False), Format(8, 32)]
+METHODS = list(quantize.METHODS)
+SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+
+
+def matrix(N=24, K=96, seed=0, dtype=torch.float32):
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ formats
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_weight_moves_by_more_than_half_a_scale(format, dtype):
+    weight = matrix()
+    scale, zero = integers.choose_scale(weight, format, dtype)
+    q = integers.to_integers(weight, scale, zero, format)
+    assert q.min() >= format.smallest and q.max() <= format.largest
+    back = integers.from_integers(q, scale.float(), zero)
+    step = scale.float().repeat_interleave(format.group or 96, dim=1)
+    # The largest weight of a group may fall a little beyond the last integer: by what the scale was rounded, or the zero point.
+    room = 0.5 + (0 if format.symmetric else 0.5) + (format.largest * 2 ** -8 if dtype == torch.bfloat16 else 1e-4)
+    assert ((back - weight).abs() / step).max() <= room
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_on_the_grid_stays(format):
+    once = integers.rounded(matrix(), format)
+    assert torch.allclose(integers.rounded(once, format), once, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_zero_stays_zero_and_a_group_of_zeros_is_no_trouble(format):
+    weight = matrix()
+    weight[:, ::3] = 0
+    weight[2] = 0
+    assert (integers.rounded(weight, format)[weight == 0] == 0).all()
+
+
+def test_absmax_is_symmetric():
+    weight = matrix()
+    for format in (Format(8), Format(4, 32)):
+        assert torch.equal(integers.rounded(-weight, format), -integers.rounded(weight, format))
+
+
+def test_groups_and_zero_points_make_the_error_smaller():
+    weight = matrix(64, 256) + 0.5   # off centre, which is what a zero point is for
+    error = {format: (integers.rounded(weight, format) - weight).square().mean().item()
+             for format in (Format(8), Format(4), Format(4, 32), Format(4, 32, False))}
+    assert error[Format(8)] < error[Format(4, 32, False)] < error[Format(4, 32)] < error[Format(4)], error
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(1, 5), st.integers(1, 9), st.booleans(), st.integers(0, 2 ** 31))
+def test_two_in_a_byte_come_out_as_they_went_in(N, half, symmetric, seed):
+    low, high = (-7, 8) if symmetric else (0, 16)
+    q = torch.randint(low, high, (N, 2 * half), generator=torch.Generator().manual_seed(seed)).to(torch.int8 if symmetric else torch.uint8)
+    packed = integers.pack4(q)
+    assert packed.dtype == torch.uint8 and packed.shape == (N, half)
+    assert torch.equal(integers.unpack4(packed).int() - (8 if symmetric else 0), q.int())
+
+
+# ------------------------------------------------------------------------------------------------------ layers
+
+def make_layer(cls, weight, format):
+    layer = cls(weight.shape[1], weight.shape[0], format, weight.dtype)
+    scale, zero = integers.choose_scale(weight, format, weight.dtype)
+    layer.fill(integers.to_integers(weight, scale, zero, format), scale, zero)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls, format", [("Int8Linear", Format(8)), ("Int4Linear", Format(4, 32)), ("Int4Linear", Format(4)),
+                                         ("Int4Linear", Format(4, 32, False))])
+def test_a_layer_computes_with_the_weight_that_is_left(cls, format, dtype):
+    weight, x = matrix(dtype=dtype), matrix(5, seed=1, dtype=dtype)
+    layer = make_layer(getattr(quantized, cls), weight, format)
+    assert torch.equal(layer.dequantized(), integers.rounded(weight, format))
+    assert torch.equal(layer(x), F.linear(x, integers.rounded(weight, format)))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls, format", [("Int8Linear", Format(8)), ("Int4Linear", Format(4, 32)), ("Int4Linear", Format(4, 32, False)),
+                                         ("Int4Linear", Format(4, 64, False))])
+def test_the_operators_of_pytorch_agree_with_the_plain_product(cls, format, dtype, rows):
+    layer = make_layer(getattr(quantized, cls), matrix(64, 128, dtype=dtype), format)
+    x = matrix(rows, 128, seed=1, dtype=dtype)
+    plain = F.linear(x.double(), layer.dequantized().double())
+    native = quantized.native_product(layer)(x)
+    assert native.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (native.double() - plain).abs().max() < tolerance * plain.abs().max()
+
+
+def integers_by_hand(x, weight_integers, scale):
+    """Token by token, in float64: round x to 127 steps of its own largest value, multiply, scale back."""
+    out = torch.empty(len(x), len(scale), dtype=torch.float64)
+    for t, row in enumerate(x.float()):
+        step = row.abs().max() / 127
+        out[t] = ((row / step).round().double() @ weight_integers.double().T) * step.double() * scale.double()
+    return out
+
+
+def test_w8a8_is_a_product_of_integers():
+    layer = make_layer(quantized.W8A8Linear, matrix(), Format(8))
+    x = matrix(20, seed=1)
+    assert torch.allclose(layer(x).double(), integers_by_hand(x, layer.weight, layer.scale), rtol=1e-5, atol=1e-6)
+    a, b = (torch.randint(-127, 128, (17, 64), generator=torch.Generator().manual_seed(i)).to(torch.int8) for i in (0, 1))
+    assert torch.equal(quantized.integer_product(a, b).int(), torch._int_mm(a, b.T))   # PyTorch's own, wherever it is not used for speed
+
+
+def test_outliers_are_left_out_of_the_integers():
+    weight, x = matrix(), matrix(20, seed=1)
+    x[:, 7] *= 100
+    layer = make_layer(quantized.OutlierLinear, weight.index_fill(1, torch.tensor([7]), 0), Format(8))
+    layer.hold(torch.tensor([7]), weight[:, 7:8])
+    by_hand = integers_by_hand(x.index_fill(1, torch.tensor([7]), 0), layer.weight, layer.scale) + x[:, 7:8].double() @ weight[:, 7:8].double().T
+    assert torch.allclose(layer(x).double(), by_hand, rtol=1e-5, atol=1e-5)
+    exact = x.double() @ weight.double().T
+    plain = make_layer(quantized.W8A8Linear, weight, Format(8))
+    assert (layer(x) - exact).abs().mean() < 0.1 * (plain(x) - exact).abs().mean()
+
+
+# ------------------------------------------------------------------------------------------------------ folders
+
+@pytest.fixture(scope="module")
+def documents(text_file):
+    return chapter.data.load_documents(text_file)[0]
+
+
+def make_folder(path, documents, dtype=torch.float32, **changes):
+    """A folder with a small model of random weights, larger than usual, so that what they are matters."""
+    tokenizer = chapter.make_tokenizer(documents)
+    model = chapter.make_model(tokenizer, **SIZES | changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= 1 if "norm" in name or "embed" in name else 4
+    path.mkdir()
+    chapter.checkpoint.save_model(path, model.to(dtype), tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory, documents):
+    return make_folder(tmp_path_factory.mktemp("full") / "model", documents)
+
+
+@pytest.fixture(scope="module", params=[*METHODS, "int4 asymmetric"])
+def small(request, full, documents, tmp_path_factory):
+    """(method, folder) of that model, quantized by each method in turn."""
+    method, _, asymmetric = request.param.partition(" ")
+    folder = tmp_path_factory.mktemp("small") / "model"
+    quantize.quantize(full, method, folder, 32 if "int4" in method else None, bool(asymmetric), documents, 400)
+    return method, folder
+
+
+def logits(folder, change=False):
+    """(T, V) for a text, or for one whose last four tokens are others."""
+    model, tokenizer = chapter.checkpoint.load_model(folder)
+    ids = chapter.prompt_ids(tokenizer, "the king and queen of night speak softly")
+    if change:
+        ids[-4:] = ids[1:5]
+    with torch.no_grad():
+        return chapter.logits(model.eval(), ids)
+
+
+def test_a_quantized_model_answers_nearly_as_before(full, small):
+    method, folder = small
+    before, after = logits(full), logits(folder)
+    error = ((after - before).norm() / before.norm()).item()
+    assert 0 < error < (0.05 if "int8" in method else 0.5), error
+
+
+def test_a_later_token_changes_nothing_before_it(small):
+    """The causality probe, on every kind of layer: bit-equal."""
+    before, after = logits(small[1]), logits(small[1], change=True)
+    assert torch.equal(before[:-4], after[:-4]) and not torch.equal(before[-1], after[-1])
+
+
+def test_with_a_cache_and_without_it(small):
+    """Token by token, in the engine's layout, against the whole text at once."""
+    model, tokenizer = chapter.checkpoint.load_model(small[1])
+    ids = chapter.prompt_ids(tokenizer, "the king and queen of night speak softly")
+    with torch.no_grad():
+        whole = chapter.logits(model.eval(), ids)
+        cache = chapter.kv_cache.ContiguousCache(model.config, 1, len(ids))
+        steps = [model(torch.tensor([i]), *cache.place([0], [1]), cache=cache)[0] for i in ids]
+    assert torch.allclose(torch.stack(steps), whole, rtol=1e-4, atol=1e-4 * whole.abs().max())
+
+
+def test_the_engine_and_generate_open_the_folder(small, call, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the king\nthe queen and\n")
+    status, out, err = call(chapter.engine, tmp_path / "prompts.txt", "--max-new-tokens", 5, "--checkpoint", small[1], "--temperature", 0)
+    assert status == 0 and out.startswith("the king") and "the queen and" in out, err
+    status, alone, err = call(chapter.generate, "the king", 5, "--checkpoint", small[1], "--temperature", 0)
+    assert status == 0 and alone.strip() in out, (alone, out, err)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False), dict(num_experts=4, moe_intermediate_size=32)])
+@pytest.mark.parametrize("method, group, asymmetric", [("int8", None, False), ("int4", 32, False), ("int4", 16, True)])
+def test_the_folder_is_as_large_as_predicted(tmp_path, documents, method, group, asymmetric, changes, dtype):
+    """The tensors to the byte; the file has a header besides, which counts for little in a model of a real size."""
+    folder = make_folder(tmp_path / "full", documents, dtype, **changes)
+    quantize.quantize(folder, method, tmp_path / "small", group, asymmetric)
+    model, _ = chapter.checkpoint.load_model(tmp_path / "small")
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    predicted = quantize.predicted_bytes(model.config, model.config.quantization_config, dtype.itemsize)
+    assert sum(tensors.values()) == predicted
+    file = (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert predicted < file < predicted + 300 * len(model.state_dict())
+    assert model.model.norm.weight.dtype == dtype and model.config.quantization_config["group_size"] == (group or 0)
+
+
+def test_loading_never_holds_the_full_model(small, monkeypatch):
+    """Of the matrices, no float one is ever made: neither while loading nor in the model that comes out."""
+    seen = []
+    read = chapter.model.read_tensor
+    monkeypatch.setattr(chapter.model, "read_tensor", lambda *arguments: seen.append(read(*arguments)) or seen[-1])
+    model, _ = chapter.checkpoint.load_model(small[1])
+    for tensor in [*seen, *model.state_dict().values()]:
+        few = tensor.shape[-1] < 64   # a scale, a norm, or the columns of outliers
+        assert not tensor.is_floating_point() or tensor.dim() == 1 or few, (tensor.shape, tensor.dtype)
+
+
+def test_experts_become_integers_and_their_router_does_not(tmp_path, documents):
+    folder = make_folder(tmp_path / "full", documents, num_experts=4, moe_intermediate_size=32)
+    for method in ("int8", "int4-gptq"):
+        quantize.quantize(folder, method, tmp_path / method, 16 if "4" in method else None, False, documents, 400)
+        model, _ = chapter.checkpoint.load_model(tmp_path / method)
+        assert isinstance(model.model.layers[0].mlp.gate, torch.nn.Linear)
+        assert isinstance(model.model.layers[0].mlp.experts["3"].down_proj, quantized.Int8Linear)
+        assert (logits(tmp_path / method) - logits(folder)).norm() < 0.5 * logits(folder).norm()
+
+
+def test_a_quantized_folder_may_be_written_again(tmp_path, full, documents):
+    for method in ("int4-gptq", "int8", "int8"):
+        quantize.quantize(full, method, tmp_path / "a", 32 if "4" in method else None, False, documents, 400)
+    quantize.quantize(full, "int8", tmp_path / "b")
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert torch.equal(logits(tmp_path / "a"), logits(tmp_path / "c"))
+    shutil.rmtree(tmp_path / "c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_folder_made_on_the_cpu_gives_the_same_answers_on_a_gpu(tmp_path, documents, method):
+    """The folder has the plain order of bytes; each device packs for itself."""
+    folder = make_folder(tmp_path / "full", documents, torch.bfloat16, hidden_size=128, intermediate_size=256, head_dim=32)
+    quantize.quantize(folder, method, tmp_path / "small", 32 if "int4" in method else None, False, documents, 400)
+    answers = []
+    for device in ("cpu", "cuda"):
+        model, tokenizer = chapter.checkpoint.load_model(tmp_path / "small", device)
+        model = quantized.use_native(model, few=64).eval()
+        ids = chapter.prompt_ids(tokenizer, "the king and queen of night speak softly")
+        packed = [x.to(device) for x in (torch.tensor(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32))]
+        with torch.no_grad():
+            answers.append(model(*packed, len(ids)).float().cpu())
+    assert (answers[0] - answers[1]).norm() < 0.03 * answers[0].norm()
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+def test_bad_input(tmp_path, full, documents, call, text_file):
+    quantize.quantize(full, "int8", tmp_path / "done")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "letter.txt").write_text("dear")
+    command = ("--checkpoint", full, "--data", text_file, "--out", tmp_path / "new")
+    for arguments, words in [
+        ((*command, "--method", "int4", "--group", 40), ("--group 40", "64, 96", "32")),
+        ((*command, "--method", "int4"), ("--group 128",)),
+        ((*command, "--method", "int8", "--group", 32), ("--group", "each row")),
+        ((*command, "--method", "int8", "--asymmetric"), ("--asymmetric",)),
+        ((*command, "--method", "int4-gptq", "--group", 32, "--calibration-tokens", 10 ** 6), ("calibration", "1,000,000")),
+        ((*command, "--method", "int2"), ("int2",)),
+        ((*command, "--method", "int8", "--checkpoint", tmp_path / "done"), ("quantized already", "int8")),
+        ((*command, "--method", "int8", "--checkpoint", tmp_path / "nothing"), ("nothing",)),
+        ((*command, "--method", "int8", "--out", full), ("the checkpoint itself",)),
+        ((*command, "--method", "int8", "--out", tmp_path / "notes"), ("notes", "something else")),
+    ]:
+        expect_error(call(quantize, *arguments), *words)
+        assert not (tmp_path / "new").exists() and not (tmp_path / "new.tmp").exists()
+    assert (tmp_path / "notes" / "letter.txt").read_text() == "dear"
+    assert (full / "model.safetensors").is_file()
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path, full, monkeypatch):
+    def no_room(*arguments, **named):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(chapter.model, "save_file", no_room)
+    with pytest.raises(chapter.errors.InputError, match="No space left"):
+        quantize.quantize(full, "int8", tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(quant_method="awq"), "awq"), (dict(bits=3), "'bits': 3"), (dict(activations="int4"), "int4"), (dict(group_size="a"), "group_size"),
+    (dict(group_size=48), "is (64, 1)|config.json says")])
+def test_a_quantization_that_is_not_ours(tmp_path, full, change, words):
+    quantize.quantize(full, "int4", tmp_path / "small", 32)
+    path = tmp_path / "small" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(chapter.errors.InputError, match=words.replace("(", r"\(").replace(")", r"\)") if "|" not in words else "config.json says"):
+        chapter.checkpoint.load_model(tmp_path / "small")
+
+
+def test_weights_that_are_no_numbers(tmp_path, documents):
+    folder = make_folder(tmp_path / "full", documents)
+    model, tokenizer = chapter.checkpoint.load_model(folder)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    chapter.checkpoint.save_model(folder, model, tokenizer)
+    with pytest.raises(chapter.errors.InputError, match="layers.1.mlp.up_proj.*nan"):
+        quantize.quantize(folder, "int8", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_quantized_model_cannot_be_trained(tmp_path, full, text_file, call):
+    quantize.quantize(full, "int8", tmp_path / "small")
+    expect_error(call(chapter.train, "--init", tmp_path / "small", "--data", text_file, "--out", tmp_path / "run"), "quantized")
+
+
+def test_experts_are_not_rescaled(tmp_path, documents):
+    folder = make_folder(tmp_path / "full", documents, num_experts=4, moe_intermediate_size=32)
+    with pytest.raises(chapter.errors.InputError, match="experts"):
+        quantize.quantize(folder, "int4-awq", tmp_path / "small", 32, False, documents, 400)
+
+
+def test_integers_make_up_for_the_rounding_of_their_scale():
+    """A scale in bfloat16 is off by up to 0.4 %: of an integer of 127, half a step."""
+    weight = matrix(64, 96)
+    q, scale, _ = quantize.nearest(weight, None, Format(8), torch.bfloat16)
+    inside = q.abs() < 126   # beyond the last integer nothing can be made up for
+    error = ((integers.from_integers(q, scale.float()) - weight).abs() / scale.float())[inside]
+    assert error.max() <= 0.501, error.max()
+
+
+def test_evaluate_measures_every_method(tmp_path, full, text_file, call, monkeypatch):
+    evaluate = chapter.__getattr__("evaluate")   # the module: all chapters' tests have a function of that name
+    monkeypatch.setattr(chapter.report, "RESULTS", tmp_path)
+    for name, value in {"FIGURES": tmp_path, "PROMPT": 32, "NEW": 3}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    quantize.quantize(full, "int8", tmp_path / "int8")
+    command = ("--checkpoint", full, "--data", text_file, "--group", 32, "--calibration-tokens", 400, "--rounds", 1, "--out", tmp_path, "--device", "cpu")
+    status, out, err = call(evaluate, *command, "--qat", full)
+    assert status == 0, err
+    rows = {row["name"]: row for row in json.loads((tmp_path / "evaluate.json").read_text())["rows"]}
+    assert {*METHODS, "float32", "bfloat16", "int4-gptq, zero point", "int4 after --qat", "float32, cache in int4"} <= rows.keys()
+    assert rows["float32"]["worse"] == "+0.00%" and rows["float32"]["divergence"] == 0 < rows["int8"]["divergence"] < rows["int4"]["divergence"]
+    assert rows["int4 after --qat"]["bits_per_byte"] == rows["int4"]["bits_per_byte"] and rows["int4 after --qat"]["recovered"] in ("0%", "-0%")
+    assert all(row["decode"] > 0 and row["memory"] < row["disk"] for name, row in rows.items() if "cache" not in name), rows
+    expect_error(call(evaluate, *command, "--checkpoint", tmp_path / "int8"), "quantized")
