@@ -3,8 +3,8 @@
     python benchmark.py --config qwen3-0.6b        (in this folder; some minutes, and with llama.cpp 3.5 GB of memory)
 
 One text and sixteen, with chapter 5's cache, compiled, by few_rows.cpp. The weights are random: a matrix product takes as long
-with them as with trained ones. What is compared takes turns, so that a slow minute falls on all. Where llama-cpp-python and gguf are
-installed, llama.cpp gets weights of the same bits and the same prompts; it writes one text only, as its Python package does.
+with them as with trained ones. What is compared takes turns, so that a slow minute falls on all. Where llama-cpp-python and
+gguf are installed, llama.cpp gets weights of the same bits and the same prompt; its Python package writes one text at a time.
 Writes results/decode_CONFIG_DEVICE.json.
 """
 import dataclasses

@@ -124,14 +124,22 @@ def measure(folders, documents, device, rounds):
 
 def draw(rows, path):
     """Quality against bytes, and speed against bytes."""
-    figure = Figure(figsize=(10, 4.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 5.2), dpi=120, layout="constrained")
+    rows = [row for row in rows if "disk" in row]
     for axes, key, label in zip(figure.subplots(1, 2), ("bits_per_byte", "decode"), ("bits per byte (lower is better)", "tokens/s, one text")):
-        for row in rows:
-            if "disk" in row:
-                kind = "QAT" if "qat" in row["name"] else row["name"][:4] if row["name"].startswith("int") else "float"
-                axes.plot(row["disk"], row[key], "o", color=COLORS[kind])
-                axes.annotate(row["name"], (row["disk"], row[key]), xytext=(5, 3), textcoords="offset points", fontsize=7, color=COLORS[kind])
-        axes.set(xlabel="MB on disk", ylabel=label, xlim=(0, None))
+        gap, heights = (max(row[key] for row in rows) - min(row[key] for row in rows)) / 26, {}
+        for row in sorted(rows, key=lambda row: row[key]):
+            kind = "QAT" if "qat" in row["name"] else row["name"][:4] if row["name"].startswith("int") else "float"
+            height = heights[kind] = max(row[key], heights.get(kind, -math.inf) + gap)   # labels one above the other where points are not
+            axes.plot(row["disk"], row[key], "o", color=COLORS[kind])
+            left = "int4" in row["name"]   # of the point, because there are many of them and others to their right
+            axes.annotate(row["name"], (row["disk"], row[key]), xytext=(row["disk"] * (0.9 if left else 1.1), height), va="center",
+                          ha="right" if left else "left", fontsize=8, color=COLORS[kind],
+                          arrowprops={"arrowstyle": "-", "color": COLORS[kind], "linewidth": 0.4})
+        sizes = [row["disk"] for row in rows if row["name"] in ("float32", "bfloat16", "int8", "int4")]
+        axes.set(xlabel="MB on disk", ylabel=label, xscale="log", xlim=(min(sizes) / 3.5, 2 * max(sizes)))
+        axes.set_xticks(sizes, [f"{size:,.1f}" for size in sizes])
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)

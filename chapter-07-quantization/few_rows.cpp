@@ -4,8 +4,12 @@
 // kept as several partial ones: an addition has to wait for the one before it in the same sum, not for those in others.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <numeric>
 #include <torch/library.h>
 #include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 typedef float Floats __attribute__((vector_size(32), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(32), aligned(4)));
@@ -91,56 +95,74 @@ at::Tensor few_rows(const at::Tensor& x, const at::Tensor& weight) {
 
 // ------------------------------------------------------------------------------------------------------------- integers
 
-// x (T, K) as floats, laid out for weights of BITS bits. Eight words of 32 bits fill a register, and in each word lie W weights:
-// first comes what the first weight of each word is multiplied by, then what the second is, and so on, and after them their sums.
-// A weight is left at its place in the word, which makes it 16, 256, ... times too large, so x is made as many times smaller, and
-// no bit is lost. (Only the last one is shifted down: up there it would be taken for a sign.)
-template <int BITS, typename Number>
-static at::Tensor for_integers(const at::Tensor& x, int64_t T, int64_t K) {
-    constexpr int W = 32 / BITS;
-    // Not a std::vector: that may begin in the middle of a line of the cache, and then every other load reads two lines.
-    at::Tensor laid = at::empty({T, K + K / W}, x.options().dtype(at::kFloat));
-    const Number* from = x.const_data_ptr<Number>();
-    float* to = laid.mutable_data_ptr<float>();
-    for (int64_t i = 0; i < T * K; i += 8 * W, to += 8 * W + 8)
-        for (int n = 0; n < 8; n++) {
-            float sum = 0;
-            for (int j = 0; j < W; j++) {
-                float value = from[i + W * n + j];
-                sum += value;
-                to[8 * j + n] = value / (j < W - 1 ? 1u << BITS * j : 1);
-            }
-            to[8 * W + n] = sum;
-        }
-    return laid;
+// Integers times integers: x is rounded to 16 bits, with a scale for every chunk of its row, which is finer than bfloat16 by far. One
+// instruction then multiplies 16 pairs and adds neighbours, with no conversion for each weight. In a chunk of a group,
+//     sum of scale * (w - zero) * x  =  scale * scale of x * (sum of w * x  -  zero * sum of x)        all sums of integers, exact
+typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2)));
+
+static inline Integers pairs(Shorts a, Shorts b) {   // of 16 products the sums of two neighbours each
+#ifdef __AVX2__
+    return (Integers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    Integers sums;
+    for (int i = 0; i < 8; i++) sums[i] = a[2 * i] * (int16_t)b[2 * i] + a[2 * i + 1] * (int16_t)b[2 * i + 1];
+    return sums;
+#endif
 }
 
-// One row of weights times R rows of x -> out[r * stride]. What a group has in common is left to the end of each block:
-// sum of scale * (w - zero) * x = scale * (sum of w * x - zero * sum of x). HALVES: the group is 32 weights, and four of the
-// eight words belong to the next one.
+// x (T, K) in integers. In each of 16 lanes of a register lie W weights. So first comes what the first weight of every lane is multiplied
+// by, then what the second is. For each chunk also the scale of x and, for the eight sums of pairs(), the sums of x.
+struct Rows {
+    std::vector<int16_t> integers;   // (T, K)
+    std::vector<float> scale;        // (T, K / chunk)
+    std::vector<float> sum;          // (T, K / chunk, 8)
+};
+
+template <int W, typename Number>
+static Rows in_integers(const Number* x, int64_t T, int64_t K, int64_t chunk) {
+    Rows rows{std::vector<int16_t>(T * K), std::vector<float>(T * K / chunk), std::vector<float>(8 * T * K / chunk)};
+    int16_t* to = rows.integers.data();
+    for (int64_t i = 0; i < T * K / chunk; i++, x += chunk) {
+        float largest = 1e-30f;
+        for (int64_t k = 0; k < chunk; k++) largest = std::max(largest, std::abs((float)x[k]));
+        const float steps = 32767 / largest;
+        Floats sum = {};
+        for (int64_t k = 0; k < chunk; k += 16 * W)
+            for (int j = 0; j < W; j++)
+                for (int n = 0; n < 16; n++) {
+                    *to = (int16_t)std::lrint((float)x[k + W * n + j] * steps);
+                    sum[n / 2] += *to++;
+                }
+        rows.scale[i] = largest / 32767;
+        *(Floats*)&rows.sum[8 * i] = sum;
+    }
+    return rows;
+}
+
+// One row of weights times R rows of x, from row t on -> out[r * stride]. HALVES: a chunk is two groups of 32, half of the sums for each.
 template <int BITS, int R, bool HALVES, typename Number>
-static void tile(const uint8_t* w, const Number* scale, const uint8_t* zero, int64_t group, const float* x, int64_t K,
+static void tile(const uint8_t* w, const Number* scale, const uint8_t* zero, const Rows& x, int64_t t, int64_t K, int64_t chunk, int64_t group,
                  Number* out, int64_t stride) {
-    constexpr int W = 32 / BITS;
-    const int64_t row = K + K / W, blocks = HALVES ? 1 : group / (8 * W);   // in a group
-    Floats totals[R] = {}, scales, zeros;
-    int64_t left = 0;
-    for (const uint8_t* end = w + K * BITS / 8; w < end; w += 32, x += 8 * W + 8, left--) {
-        if (HALVES || left == 0) {
-            float s = scale[0], t = scale[HALVES], y = 1 << (BITS - 1), z = y;   // no zero: the integer in the middle
-            if (zero) y = zero[0], z = zero[HALVES], zero += 1 + HALVES;
-            scales = Floats{s, s, s, s, t, t, t, t}, zeros = Floats{y, y, y, y, z, z, z, z};
-            scale += 1 + HALVES, left = blocks;
+    constexpr int W = 16 / BITS;
+    const int16_t* row = x.integers.data() + t * K;
+    Floats totals[R] = {};
+    for (int64_t k = 0; k < K; k += chunk) {
+        Integers sums[R] = {};
+        for (int64_t i = k; i < k + chunk; i += 16 * W, w += 32) {
+            Shorts lanes = *(const Shorts*)w;
+            if (BITS == 8) lanes ^= 0x8080;   // from -128 to 127 becomes from 0 to 255
+            for (int j = 0; j < W; j++) {
+                Shorts one = j < W - 1 ? lanes >> BITS * j & (uint16_t)((1 << BITS) - 1) : lanes >> BITS * j;
+                for (int r = 0; r < R; r++) sums[r] += pairs(one, *(const Shorts*)(row + r * K + i + 16 * j));
+            }
         }
-        Words words = *(const Words*)w;
-        if (BITS == 8) words ^= 0x80808080u;   // from -128 to 127 becomes from 0 to 255
-        Floats sums[R] = {};
-        for (int j = 0; j < W; j++) {
-            Words one = j < W - 1 ? words & (((1u << BITS) - 1) << BITS * j) : words >> BITS * j;
-            Floats weights = __builtin_convertvector((Integers)one, Floats);
-            for (int r = 0; r < R; r++) sums[r] += weights * load(x + r * row + 8 * j);
+        const int64_t g = k / group, h = g + HALVES;
+        const float s = scale[g], u = scale[h], y = zero ? zero[g] : 1 << (BITS - 1), z = zero ? zero[h] : y;   // no zero: the one in the middle
+        for (int r = 0; r < R; r++) {
+            const int64_t c = ((t + r) * K + k) / chunk;
+            totals[r] += Floats{s, s, s, s, u, u, u, u} * x.scale[c]
+                * (__builtin_convertvector(sums[r], Floats) - Floats{y, y, y, y, z, z, z, z} * load(&x.sum[8 * c]));
         }
-        for (int r = 0; r < R; r++) totals[r] += scales * (sums[r] - zeros * load(x + r * row + 8 * W));
     }
     for (int r = 0; r < R; r++) {
         float total = 0;
@@ -151,9 +173,9 @@ static void tile(const uint8_t* w, const Number* scale, const uint8_t* zero, int
 
 template <int BITS, bool HALVES, typename Number>
 static void product(const at::Tensor& x, const uint8_t* w, const at::Tensor& scale, const uint8_t* zero, at::Tensor& out) {
-    const int64_t T = x.size(0), K = x.size(1), N = out.size(1), groups = scale.numel() / N;
-    const at::Tensor laid = for_integers<BITS, Number>(x, T, K);
-    const float* rows = laid.const_data_ptr<float>();
+    const int64_t T = x.size(0), K = x.size(1), N = out.size(1), groups = scale.numel() / N, group = K / groups;
+    const int64_t chunk = HALVES ? 64 : std::gcd(group, 512);   // not longer, or the sums might leave 32 bits
+    const Rows rows = in_integers<16 / BITS>(x.const_data_ptr<Number>(), T, K, chunk);
     const Number* scales = scale.const_data_ptr<Number>();
     Number* to = out.mutable_data_ptr<Number>();
     at::parallel_for(0, N / 4, 16, [&](int64_t begin, int64_t end) {
@@ -161,8 +183,7 @@ static void product(const at::Tensor& x, const uint8_t* w, const at::Tensor& sca
             for (int64_t t = 0; t < T; t += 4)   // four rows of x, which stay in the cache for four of weights
                 for (int64_t m = n; m < n + 4; m++) {
                     auto compute = [&](auto tile) {
-                        tile(w + m * K * BITS / 8, scales + m * groups, zero ? zero + m * groups : nullptr, K / groups,
-                             rows + t * laid.size(1), K, to + t * N + m, N);
+                        tile(w + m * K * BITS / 8, scales + m * groups, zero ? zero + m * groups : nullptr, rows, t, K, chunk, group, to + t * N + m, N);
                     };
                     if (T - t == 1) compute(tile<BITS, 1, HALVES, Number>);
                     if (T - t == 2) compute(tile<BITS, 2, HALVES, Number>);
@@ -176,9 +197,11 @@ template <int BITS>
 static at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor* zero) {
     const int64_t K = weight.size(1) * 8 / BITS, N = weight.size(0), group = K * N / scale.numel();
     TORCH_CHECK(x.dim() == 2 && x.size(1) == K && x.scalar_type() == scale.scalar_type()
-                && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16), "few_rows: ", x.sizes(), ", ", x.scalar_type());
+                && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
+                "few_rows: ", x.sizes(), ", ", x.scalar_type());
     TORCH_CHECK(N % 4 == 0 && K % 64 == 0 && (group == 32 || group % 64 == 0) && weight.is_contiguous()
-                && scale.is_contiguous() && (!zero || (zero->is_contiguous() && zero->sizes() == scale.sizes())), "few_rows: ", N, " x ", K, ", groups of ", group);
+                && scale.is_contiguous() && (!zero || (zero->is_contiguous() && zero->sizes() == scale.sizes())),
+                "few_rows: ", N, " x ", K, ", groups of ", group);
     at::Tensor out = at::empty({x.size(0), N}, x.options());
     auto compute = [&](auto product) {
         product(x.contiguous(), (const uint8_t*)weight.const_data_ptr(), scale, zero ? zero->const_data_ptr<uint8_t>() : nullptr,

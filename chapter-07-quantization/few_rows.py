@@ -10,8 +10,7 @@ a page of C++ that reads the weights as fast as the memory gives them. It is use
 asks for it. At work, on a GPU: leave it to torch.compile, whose matrix products for one row do the same.
 
 Weights of 8 or 4 bits (quantized.py) are a half or a quarter of the bytes to read. That is worth something only if to turn them
-into numbers costs less than to read them: two instructions for eight weights here, and a third multiplies. PyTorch has operators
-of its own for it, which without AVX-512 are slow.
+into numbers costs less than to read them. PyTorch's own operators for this are in the table of main() too.
 """
 import functools
 import os

@@ -47,7 +47,7 @@ def test_integer_products_are_those_of_the_matrix_they_stand_for(dtype):
             found, expected = product(x), x.double() @ weight.T
             assert found.dtype == dtype and found.shape == (rows, N) and found.is_contiguous()
             error = ((found.double() - expected).abs() / (x.double().abs() @ weight.abs().T)).max().item()
-            assert error < (1e-6 if dtype == torch.float32 else 4e-3), (format, rows, error)
+            assert error < (2e-5 if dtype == torch.float32 else 4e-3), (format, rows, error)
 
 
 def test_x_may_be_a_view(dtype=torch.bfloat16):
@@ -72,7 +72,7 @@ def test_the_kernel_computes_the_layers_that_fit():
     for layer in fit:
         few, many = layer(x[:-1]), layer(x)
         assert not torch.equal(few, many[:-1])   # rounded in another order: both ways have been taken
-        torch.testing.assert_close(few, many[:-1], rtol=1e-4, atol=1e-4 * many.std().item())
+        torch.testing.assert_close(few, many[:-1], rtol=1e-3, atol=1e-3 * many.std().item())
     layer.weight = torch.zeros_like(layer.weight)   # loaded from a file, say
     layer.zero = torch.zeros_like(layer.zero)
     assert not layer(x[:1]).any()
