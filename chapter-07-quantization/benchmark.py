@@ -154,7 +154,7 @@ def decode(config, device, arguments):
     if device == "cpu":
         llama = {name: load_llama(config, kind, torch.get_num_threads(), PROMPT + arguments.tokens + 1)
                  for name, kind in LLAMA.items()}
-    for batch in (1, 16):
+    for batch in arguments.texts:
         prompts = [random_prompt(config.vocab_size, PROMPT, seed) for seed in range(batch)]
         ways = {name: lambda name=name: our_times(models[name], prompts, arguments.tokens, forwards[name]) for name in models}
         if batch == 1:
@@ -190,6 +190,7 @@ def main():
     keep_memory()
     parser = ArgumentParser(description="Measure decoding with weights of 16, 8 and 4 bits.")
     parser.add_argument("--config", choices=CONFIGS, default="small", help="model size, see model.py")
+    parser.add_argument("--texts", type=positive(int), nargs="+", default=[1, 16], metavar="N", help="written at a time")
     parser.add_argument("--tokens", type=positive(int), default=24, metavar="N", help="tokens of each text")
     parser.add_argument("--rounds", type=positive(int), default=3, metavar="N", help="how often each way has its turn")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")

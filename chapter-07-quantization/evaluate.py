@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 
 from checkpoint import load_model, save_model
 from data import IGNORE, fetch, load_documents, num_bytes, pack, packed_sequence_collate_fn, tokenize
-from errors import ArgumentParser, InputError, positive, run
+from errors import ArgumentParser, positive, run
 from few_rows import for_few_rows
 from generate import Sampling, generate_batch
-from model import checkpoint_folder, packed_attention, read_config
+from model import checkpoint_folder, packed_attention
 from quantize import METHODS, predicted_bytes, quantize
 from quantized_cache import rounded_attention
 from report import FIGURES, write_results
@@ -168,6 +168,7 @@ def main():
     rows = measure(folders, val_documents, device, arguments.rounds)
     name = "evaluate" if device == "cpu" else f"evaluate_{device}"
     draw(rows, FIGURES / f"{name}.png")
+    rows = [dict.fromkeys(COLUMNS, "") | row | {"bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows]   # "": it has none
     command = f"python {Path(__file__).resolve().parent.name}/evaluate.py" + "".join(f" {argument}" for argument in sys.argv[1:])
     print(write_results(name, command, COLUMNS, rows, device, source))
 

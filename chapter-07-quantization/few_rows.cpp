@@ -144,11 +144,12 @@ template <int BITS, int R, bool HALVES, typename Number>
 static void tile(const uint8_t* w, const Number* scale, const uint8_t* zero, const Rows& x, int64_t t, int64_t K, int64_t chunk, int64_t group,
                  Number* out, int64_t stride) {
     constexpr int W = 16 / BITS;
+    const int64_t chunks = K / chunk, in_group = HALVES ? 1 : group / chunk;
     const int16_t* row = x.integers.data() + t * K;
     Floats totals[R] = {};
-    for (int64_t k = 0; k < K; k += chunk) {
+    for (int64_t c = 0, left = in_group; c < chunks; c++) {   // counted, because a division would take as long as the chunk
         Integers sums[R] = {};
-        for (int64_t i = k; i < k + chunk; i += 16 * W, w += 32) {
+        for (int64_t i = c * chunk; i < (c + 1) * chunk; i += 16 * W, w += 32) {
             Shorts lanes = *(const Shorts*)w;
             if (BITS == 8) lanes ^= 0x8080;   // from -128 to 127 becomes from 0 to 255
             for (int j = 0; j < W; j++) {
@@ -156,12 +157,17 @@ static void tile(const uint8_t* w, const Number* scale, const uint8_t* zero, con
                 for (int r = 0; r < R; r++) sums[r] += pairs(one, *(const Shorts*)(row + r * K + i + 16 * j));
             }
         }
-        const int64_t g = k / group, h = g + HALVES;
-        const float s = scale[g], u = scale[h], y = zero ? zero[g] : 1 << (BITS - 1), z = zero ? zero[h] : y;   // no zero: the one in the middle
+        const float s = scale[0], u = scale[HALVES];
+        const float y = zero ? zero[0] : 1 << (BITS - 1), z = zero ? zero[HALVES] : y;   // no zero: the one in the middle
         for (int r = 0; r < R; r++) {
-            const int64_t c = ((t + r) * K + k) / chunk;
-            totals[r] += Floats{s, s, s, s, u, u, u, u} * x.scale[c]
-                * (__builtin_convertvector(sums[r], Floats) - Floats{y, y, y, y, z, z, z, z} * load(&x.sum[8 * c]));
+            const int64_t at = (t + r) * chunks + c;
+            totals[r] += Floats{s, s, s, s, u, u, u, u} * x.scale[at]
+                * (__builtin_convertvector(sums[r], Floats) - Floats{y, y, y, y, z, z, z, z} * load(&x.sum[8 * at]));
+        }
+        if (--left == 0) {
+            left = in_group;
+            scale += 1 + HALVES;
+            zero += zero ? 1 + HALVES : 0;
         }
     }
     for (int r = 0; r < R; r++) {

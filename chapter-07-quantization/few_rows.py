@@ -117,8 +117,10 @@ def for_few_rows(model, use_kernel=False):
             module.__class__ = FewRows
             if use_kernel and fits:
                 module.__class__, module.product = FewRowsByKernel, kernel()
-        elif isinstance(module, Int8Linear) and use_kernel and (product := integer_kernel(module)):
-            module.product, module.few = product, FEW
+        elif isinstance(module, Int8Linear):
+            way = integer_kernel if use_kernel else native_product if module.weight.is_cuda else lambda layer: None
+            if (product := way(module)) is not None:
+                module.product, module.few = product, FEW
     return model
 
 

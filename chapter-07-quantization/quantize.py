@@ -187,7 +187,7 @@ def quantized_state(full, config, method, batches):
         def run_block():
             return [block(x, rotary_angles(batch.position_ids, config.head_dim, config.rope_theta, x.dtype), (batch.cu_seqlens, batch.max_seqlen))
                     for x, batch in zip(xs, batches)]
-        quantize_block(block, described, method, observe(block, run_block), dtype)
+        quantize_block(block, described, method, observe(block, run_block) if batches else {}, dtype)
         xs = run_block() if i + 1 < config.num_hidden_layers else None
         state |= {prefix + name: tensor for name, tensor in block.to(dtype).state_dict().items()}
     return state | {"model.norm.weight": full.read("model.norm.weight")}

@@ -8,7 +8,7 @@
 
 dequantized() is the plain way and the reference: the weight as a float matrix, multiplied as ever. It is right for many rows, where the
 product costs more than the conversion. For few rows reading the weights is all that counts, and `product` reads them as they are:
-use_native() takes PyTorch's operators for that, few_rows.py our own.
+on a GPU PyTorch's operators (native_product), on a CPU few_rows.cpp; few_rows.for_few_rows chooses.
 
 Shape letters: see model.py and integers.py.
 """
@@ -192,12 +192,3 @@ def native_product(layer):
             return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
         packed = torch._convert_weight_to_int4pack(layer.weight << 4 | layer.weight >> 4, 8)    # the first of two in the high half
         return lambda x: torch._weight_int4pack_mm(x, packed, group, pairs)
-
-
-def use_native(model, few=32):
-    """Let a quantized model compute up to `few` rows with PyTorch's operators. Returns the model."""
-    for _, _, layer in linear_layers(model):
-        product = native_product(layer)
-        if product is not None:
-            layer.product, layer.few = product, few
-    return model

@@ -267,7 +267,7 @@ def test_a_folder_made_on_the_cpu_gives_the_same_answers_on_a_gpu(tmp_path, docu
     answers = []
     for device in ("cpu", "cuda"):
         model, tokenizer = chapter.checkpoint.load_model(tmp_path / "small", device)
-        model = quantized.use_native(model, few=64).eval()
+        model = chapter.few_rows.for_few_rows(model).eval()
         ids = chapter.prompt_ids(tokenizer, "the king and queen of night speak softly")
         packed = [x.to(device) for x in (torch.tensor(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32))]
         with torch.no_grad():
