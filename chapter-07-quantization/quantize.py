@@ -155,7 +155,7 @@ class FullModel:
         tensor = read_tensor(self.files[name], name, self.device, None)
         if tensor.shape != self.expected[name].shape:
             raise InputError(f"{self.files[name]}: {name} is {tuple(tensor.shape)}, config.json says {tuple(self.expected[name].shape)}")
-        if not tensor.isfinite().all():
+        if not all(rows.isfinite().all() for rows in tensor.split(4096)):   # in parts: of a whole table it would take twice its bytes
             raise InputError(f"{self.files[name]}: {name} holds nan or inf: its training diverged")
         return tensor
 
@@ -171,9 +171,10 @@ def quantized_state(full, config, method, batches):
     for name in ["model.embed_tokens.weight"] + ["lm_head.weight"] * (not config.tie_word_embeddings):
         table = full.read(name)
         dtype = table.dtype
-        integers, scale, _ = nearest(table, None, Format(8), dtype)
-        state |= {name: integers, name.replace("weight", "scale"): scale[:, 0]}
-    del table
+        # In parts: the float32 in between, of a whole table, would be larger than all the quantized layers.
+        parts = [nearest(rows, None, Format(8), dtype) for rows in table.split(4096)]
+        state |= {name: torch.cat([part[0] for part in parts]), name.replace("weight", "scale"): torch.cat([part[1][:, 0] for part in parts])}
+    del table, parts
     embed = Int8Embedding(0, 0, dtype)
     embed.weight, embed.scale.data = state["model.embed_tokens.weight"], state["model.embed_tokens.scale"]
     xs = [embed(batch.input_ids).float() for batch in batches]                              # (T, D) each
@@ -244,7 +245,7 @@ def quantize(checkpoint, method, out, group=None, asymmetric=False, documents=()
     check_folders(folder, out)
     config, tokenizer = read_config(folder / "config.json"), load_tokenizer(folder)
     if config.quantization_config:
-        raise InputError(f"{folder} is quantized already ({config.quantization_config['method']}); quantize the model it was made of")
+        raise InputError(f"{folder} is quantized already ({config.quantization_config.get('method')}); quantize the model it was made of")
     if config.num_experts and METHODS[method].rescale:
         raise InputError(f"--method {method} divides what makes a layer's inputs, and experts share theirs with the router; use int4-gptq or int8")
     described = describe(config, method, group, asymmetric)

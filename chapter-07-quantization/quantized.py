@@ -154,7 +154,7 @@ def replace_layers(model, described):
     for parent, name, layer in linear_layers(model.model.layers):
         empty = empty_layer(layer, described)
         if "outliers" in described:
-            n = described["outliers"][names[layer]]
+            n = described["outliers"].get(names[layer], 0)
             empty.hold(torch.empty(n, dtype=torch.int64), layer.weight.new_empty(layer.out_features, n))
         setattr(parent, name, empty)
     table = model.model.embed_tokens.weight
