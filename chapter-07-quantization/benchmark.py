@@ -5,6 +5,8 @@
 One text and sixteen, with chapter 5's cache, compiled, by few_rows.cpp. The weights are random: a matrix product takes as long
 with them as with trained ones. What is compared takes turns, so that a slow minute falls on all. Where llama-cpp-python and
 gguf are installed, llama.cpp gets weights of the same bits and the same prompt; its Python package writes one text at a time.
+On a CPU this chapter has another attention for steps of one token; a row without it is what chapter 5 does, and what the others
+are compared with.
 Writes results/decode_CONFIG_DEVICE.json.
 """
 import dataclasses
@@ -14,11 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import numpy
 import torch
 from torch import nn
 
+import generate
 from errors import ArgumentParser, InputError, positive, run
 from evaluate import held_bytes
 from few_rows import for_few_rows
@@ -31,6 +35,7 @@ from train import choose_device, keep_memory
 
 GREEDY = Sampling(temperature=0)
 PROMPT = 4    # tokens of the prompts, whose time is not looked at
+AS_CHAPTER_5 = "bfloat16, attention of chapter 5"
 FORMATS = {"bfloat16": None, "int8": (8, 0), "int4, groups of 128": (4, 128), "int4, groups of 32": (4, 32)}
 LLAMA = {"llama.cpp, Q8_0": "Q8_0", "llama.cpp, Q4_0": "Q4_0"}   # both: a scale of 16 bits for 32 weights
 
@@ -151,12 +156,15 @@ def decode(config, device, arguments):
     models = {name: build(config, integers, device) for name, integers in FORMATS.items()}
     forwards = {name: torch.compile(model, fullgraph=True, mode="reduce-overhead" if device == "cuda" else None)
                 for name, model in models.items()}
+    torch._dynamo.config.recompile_limit = 32   # so many programs may be made of one Transformer.forward
     if device == "cpu":
         llama = {name: load_llama(config, kind, torch.get_num_threads(), PROMPT + arguments.tokens + 1)
                  for name, kind in LLAMA.items()}
     for batch in arguments.texts:
         prompts = [random_prompt(config.vocab_size, PROMPT, seed) for seed in range(batch)]
         ways = {name: lambda name=name: our_times(models[name], prompts, arguments.tokens, forwards[name]) for name in models}
+        if device == "cpu":
+            ways = {AS_CHAPTER_5: patch.object(generate, "one_token_attention", lambda *_: None)(ways["bfloat16"])} | ways
         if batch == 1:
             ways |= {name: lambda found=found: their_times(found[0], prompts[0], arguments.tokens)
                      for name, found in llama.items() if found}
@@ -168,20 +176,20 @@ def decode(config, device, arguments):
                 times[name] += way()[1:]
         # Every weight is read once for a step, the table too, which scores; of the cache what is filled, on the mean.
         cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * batch
-        for name in (*models, *(llama if batch == 1 else ())):
+        for name in (*(way for way in ways if way not in llama), *(llama if batch == 1 else ())):
             if name not in times:
                 rows.append({"batch": batch, "way": name})
                 continue
-            held = held_bytes(models[name]) if name in models else llama[name][1]
+            held = llama[name][1] if name in llama else held_bytes(models["bfloat16" if name == AS_CHAPTER_5 else name])
             step = median(times[name])
             rows.append({"batch": batch, "way": name, "ms": step * 1e3, "tokens_per_second": batch / step,
-                         "speed": median(times["bfloat16"]) / step,
+                         "speed": median(times[next(iter(ways))]) / step,
                          "roofline": (held + cache * (PROMPT + arguments.tokens / 2)) / step / ceiling,
                          "held": (held + cache * (PROMPT + arguments.tokens)) / 1e9})
             print(rows[-1], flush=True)
     for found in filter(None, llama.values()):
         found[0].close()   # or it complains when Python ends
-    columns = {"batch": "texts", "way": "weights", "ms": "ms a step", "tokens_per_second": "tokens/s", "speed": "times bfloat16",
+    columns = {"batch": "texts", "way": "weights", "ms": "ms a step", "tokens_per_second": "tokens/s", "speed": "times the first",
                "roofline": "share of the read bandwidth", "held": "GB held"}
     return columns, rows
 

@@ -4,7 +4,6 @@
 // kept as several partial ones: an addition has to wait for the one before it in the same sum, not for those in others.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <numeric>
 #include <torch/library.h>
 #include <vector>
 #ifdef __AVX2__
@@ -110,65 +109,75 @@ static inline Integers pairs(Shorts a, Shorts b) {   // of 16 products the sums 
 #endif
 }
 
-// x (T, K) in integers. In each of 16 lanes of a register lie W weights. So first comes what the first weight of every lane is multiplied
-// by, then what the second is. For each chunk also the scale of x and, for the eight sums of pairs(), the sums of x.
+// The same number eight times, or one four times and the next four times.
+template <bool HALVES>
+static inline Floats spread(const float* p) {
+    const Floats a = Floats{} + p[0], b = Floats{} + p[HALVES];
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 12, 13, 14, 15);
+}
+
+// R rows of x in integers. In each of 16 lanes of a register lie W weights. So first comes, for each row, what the first weight of
+// every lane is multiplied by, then what the second is. For each chunk and row also the scale of x and, for the eight sums of
+// pairs(), the sums of x.
+struct alignas(32) Lanes { int16_t at[16]; };   // aligned, or every other one would lie in two lines of the cache
+struct alignas(32) Sums { float at[8]; };
 struct Rows {
-    std::vector<int16_t> integers;   // (T, K)
-    std::vector<float> scale;        // (T, K / chunk)
-    std::vector<float> sum;          // (T, K / chunk, 8)
+    std::vector<Lanes> integers;   // (K / 16, R)
+    std::vector<float> scale;      // (K / CHUNK, R)
+    std::vector<Sums> sum;         // (K / CHUNK, R)
 };
 
-template <int W, typename Number>
-static Rows in_integers(const Number* x, int64_t T, int64_t K, int64_t chunk) {
-    Rows rows{std::vector<int16_t>(T * K), std::vector<float>(T * K / chunk), std::vector<float>(8 * T * K / chunk)};
-    int16_t* to = rows.integers.data();
-    for (int64_t i = 0; i < T * K / chunk; i++, x += chunk) {
-        float largest = 1e-30f;
-        for (int64_t k = 0; k < chunk; k++) largest = std::max(largest, std::abs((float)x[k]));
-        const float steps = 32767 / largest;
-        Floats sum = {};
-        for (int64_t k = 0; k < chunk; k += 16 * W)
-            for (int j = 0; j < W; j++)
-                for (int n = 0; n < 16; n++) {
-                    *to = (int16_t)std::lrint((float)x[k + W * n + j] * steps);
-                    sum[n / 2] += *to++;
+template <int W, int CHUNK, typename Number>
+static Rows in_integers(const Number* x, int64_t R, int64_t K) {
+    Rows rows{std::vector<Lanes>(R * K / 16), std::vector<float>(R * K / CHUNK), std::vector<Sums>(R * K / CHUNK)};
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t c = 0; c < K / CHUNK; c++, x += CHUNK) {
+            float numbers[CHUNK], largest = 1e-30f;
+            for (int k = 0; k < CHUNK; k++) numbers[k] = x[k];
+            for (int k = 0; k < CHUNK; k++) largest = std::max(largest, std::abs(numbers[k]));
+            const float steps = 32767 / largest;
+            int16_t integers[CHUNK];
+            for (int k = 0; k < CHUNK; k++) integers[k] = (int16_t)std::nearbyint(numbers[k] * steps);
+            Integers sum = {};
+            for (int k = 0; k < CHUNK; k += 16 * W)
+                for (int j = 0; j < W; j++) {
+                    Lanes& to = rows.integers[(c * CHUNK + k + 16 * j) / 16 * R + r];
+                    for (int n = 0; n < 16; n++) to.at[n] = integers[k + W * n + j];
+                    sum += pairs(Shorts{} + 1, *(const Shorts*)to.at);
                 }
-        rows.scale[i] = largest / 32767;
-        *(Floats*)&rows.sum[8 * i] = sum;
-    }
+            *(Floats*)rows.sum[c * R + r].at = __builtin_convertvector(sum, Floats);
+            rows.scale[c * R + r] = largest / 32767;
+        }
     return rows;
 }
 
-// One row of weights times R rows of x, from row t on -> out[r * stride]. HALVES: a chunk is two groups of 32, half of the sums for each.
-template <int BITS, int R, bool HALVES, typename Number>
-static void tile(const uint8_t* w, const Number* scale, const uint8_t* zero, const Rows& x, int64_t t, int64_t K, int64_t chunk, int64_t group,
-                 Number* out, int64_t stride) {
-    constexpr int W = 16 / BITS;
-    const int64_t chunks = K / chunk, in_group = HALVES ? 1 : group / chunk;
-    const int16_t* row = x.integers.data() + t * K;
+// One row of weights, with a scale and a zero point for each chunk, times R rows of x -> out[r * stride].
+// HALVES: a chunk is two groups of 32, half of the sums for each.
+template <int BITS, int CHUNK, int R, bool HALVES, typename Number>
+static void tile(const uint8_t* w, const float* scale, const float* zero, const Rows& x, int64_t chunks,
+                                           Number* out, int64_t stride) {
+    constexpr int W = 16 / BITS;   // weights in a lane
+    const Lanes* lane = x.integers.data();
+    const float* x_scale = x.scale.data();
+    const Sums* x_sum = x.sum.data();
     Floats totals[R] = {};
-    for (int64_t c = 0, left = in_group; c < chunks; c++) {   // counted, because a division would take as long as the chunk
+    for (int64_t c = 0; c < chunks; c++) {
         Integers sums[R] = {};
-        for (int64_t i = c * chunk; i < (c + 1) * chunk; i += 16 * W, w += 32) {
+        for (int i = 0; i < CHUNK; i += 16 * W, w += 32) {
+            // The processor fetches by itself what follows, but begins anew on every page of 4 KB.
+            if (i * BITS % 512 == 0) __builtin_prefetch(w + 2048);
             Shorts lanes = *(const Shorts*)w;
             if (BITS == 8) lanes ^= 0x8080;   // from -128 to 127 becomes from 0 to 255
             for (int j = 0; j < W; j++) {
                 Shorts one = j < W - 1 ? lanes >> BITS * j & (uint16_t)((1 << BITS) - 1) : lanes >> BITS * j;
-                for (int r = 0; r < R; r++) sums[r] += pairs(one, *(const Shorts*)(row + r * K + i + 16 * j));
+                for (int r = 0; r < R; r++) sums[r] += pairs(one, *(const Shorts*)(lane++)->at);
             }
         }
-        const float s = scale[0], u = scale[HALVES];
-        const float y = zero ? zero[0] : 1 << (BITS - 1), z = zero ? zero[HALVES] : y;   // no zero: the one in the middle
-        for (int r = 0; r < R; r++) {
-            const int64_t at = (t + r) * chunks + c;
-            totals[r] += Floats{s, s, s, s, u, u, u, u} * x.scale[at]
-                * (__builtin_convertvector(sums[r], Floats) - Floats{y, y, y, y, z, z, z, z} * load(&x.sum[8 * at]));
-        }
-        if (--left == 0) {
-            left = in_group;
-            scale += 1 + HALVES;
-            zero += zero ? 1 + HALVES : 0;
-        }
+        const Floats s = spread<HALVES>(scale), z = spread<HALVES>(zero);
+        for (int r = 0; r < R; r++)
+            totals[r] += s * *x_scale++ * (__builtin_convertvector(sums[r], Floats) - z * load((x_sum++)->at));
+        scale += 1 + HALVES;
+        zero += 1 + HALVES;
     }
     for (int r = 0; r < R; r++) {
         float total = 0;
@@ -177,25 +186,33 @@ static void tile(const uint8_t* w, const Number* scale, const uint8_t* zero, con
     }
 }
 
-template <int BITS, bool HALVES, typename Number>
+template <int BITS, int CHUNK, bool HALVES, typename Number>
 static void product(const at::Tensor& x, const uint8_t* w, const at::Tensor& scale, const uint8_t* zero, at::Tensor& out) {
-    const int64_t T = x.size(0), K = x.size(1), N = out.size(1), groups = scale.numel() / N, group = K / groups;
-    const int64_t chunk = HALVES ? 64 : std::gcd(group, 512);   // not longer, or the sums might leave 32 bits
-    const Rows rows = in_integers<16 / BITS>(x.const_data_ptr<Number>(), T, K, chunk);
-    const Number* scales = scale.const_data_ptr<Number>();
+    const int64_t T = x.size(0), K = x.size(1), N = out.size(1), groups = scale.numel() / N, chunks = K / CHUNK;
+    const int64_t of_row = HALVES ? groups : chunks, in_group = of_row / groups;   // scales for each chunk, or for each of its halves
+    const Number *numbers = x.const_data_ptr<Number>(), *scales = scale.const_data_ptr<Number>();
     Number* to = out.mutable_data_ptr<Number>();
+    std::vector<Rows> rows;   // four at a time, which stay in the cache for four rows of weights
+    for (int64_t t = 0; t < T; t += 4) rows.push_back(in_integers<16 / BITS, CHUNK>(numbers + t * K, std::min<int64_t>(4, T - t), K));
     at::parallel_for(0, N / 4, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t n = 4 * begin; n < 4 * end; n += 4)
-            for (int64_t t = 0; t < T; t += 4)   // four rows of x, which stay in the cache for four of weights
-                for (int64_t m = n; m < n + 4; m++) {
+        std::vector<float> s(4 * of_row), z(4 * of_row, 1 << (BITS - 1));   // no zero: the one in the middle
+        for (int64_t n = 4 * begin; n < 4 * end; n += 4) {
+            // All at once, because to make one float after the other takes as long as the products.
+            for (int64_t i = 0; i < in_group; i++)
+                for (int64_t g = 0; g < 4 * groups; g++) s[g * in_group + i] = scales[n * groups + g];
+            for (int64_t i = 0; zero && i < in_group; i++)
+                for (int64_t g = 0; g < 4 * groups; g++) z[g * in_group + i] = zero[n * groups + g];
+            for (int64_t t = 0; t < T; t += 4)
+                for (int64_t m = 0; m < 4; m++) {
                     auto compute = [&](auto tile) {
-                        tile(w + m * K * BITS / 8, scales + m * groups, zero ? zero + m * groups : nullptr, rows, t, K, chunk, group, to + t * N + m, N);
+                        tile(w + (n + m) * K * BITS / 8, &s[m * of_row], &z[m * of_row], rows[t / 4], chunks, to + t * N + n + m, N);
                     };
-                    if (T - t == 1) compute(tile<BITS, 1, HALVES, Number>);
-                    if (T - t == 2) compute(tile<BITS, 2, HALVES, Number>);
-                    if (T - t == 3) compute(tile<BITS, 3, HALVES, Number>);
-                    if (T - t >= 4) compute(tile<BITS, 4, HALVES, Number>);
+                    if (T - t == 1) compute(tile<BITS, CHUNK, 1, HALVES, Number>);
+                    if (T - t == 2) compute(tile<BITS, CHUNK, 2, HALVES, Number>);
+                    if (T - t == 3) compute(tile<BITS, CHUNK, 3, HALVES, Number>);
+                    if (T - t >= 4) compute(tile<BITS, CHUNK, 4, HALVES, Number>);
                 }
+        }
     });
 }
 
@@ -213,11 +230,15 @@ static at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const a
         product(x.contiguous(), (const uint8_t*)weight.const_data_ptr(), scale, zero ? zero->const_data_ptr<uint8_t>() : nullptr,
                 out);
     };
-    const bool halves = group == 32, is_float = x.scalar_type() == at::kFloat;
-    if (is_float && halves) compute(product<BITS, true, float>);
-    if (is_float && !halves) compute(product<BITS, false, float>);
-    if (!is_float && halves) compute(product<BITS, true, at::BFloat16>);
-    if (!is_float && !halves) compute(product<BITS, false, at::BFloat16>);
+    constexpr int LONG = BITS == 8 ? 512 : 128;   // the longest chunk; with more numbers its sums might leave 32 bits
+    auto for_dtype = [&](auto number) {
+        typedef decltype(number) Number;
+        if (group == 32) compute(product<BITS, 64, true, Number>);
+        else if (group % LONG == 0) compute(product<BITS, LONG, false, Number>);
+        else compute(product<BITS, 64, false, Number>);
+    };
+    if (x.scalar_type() == at::kFloat) for_dtype(float());
+    else for_dtype(at::BFloat16());
     return out;
 }
 
@@ -233,6 +254,73 @@ at::Tensor few_rows_int4(const at::Tensor& x, const at::Tensor& weight, const at
     return product<4>(x, weight, scale, zero ? &*zero : nullptr);
 }
 
+// ------------------------------------------------------------------------------------------------------------ attention
+
+// A key or value of eight numbers at a time.
+static inline Floats eight(const float* p) { return load(p); }
+typedef uint16_t Halves __attribute__((vector_size(16), aligned(2)));
+static inline Floats eight(const at::BFloat16* p) { return (Floats)(__builtin_convertvector(*(const Halves*)p, Words) << 16); }
+
+static inline float total(Floats x) {
+    float sum = 0;
+    for (int i = 0; i < 8; i++) sum += x[i];
+    return sum;
+}
+
+// The query heads q (n, K) that share one key and value head, over the L tokens whose keys and values at(t) finds -> out (n, K).
+template <typename Number, typename Place>
+static void attend(const Number* q, const Number* k, const Number* v, Place at, int64_t L, int64_t n, int64_t K, Number* out) {
+    std::vector<float> query(n * K), scores(n * L), mixed(n * K);
+    const float scale = 1 / std::sqrt((float)K);
+    for (int64_t i = 0; i < n * K; i++) query[i] = q[i] * scale;
+    for (int64_t t = 0; t < L; t++) {
+        const Number* key = k + at(t);
+        for (int64_t h = 0; h < n; h++) {
+            Floats sum = {};
+            for (int64_t i = 0; i < K; i += 8) sum += load(&query[h * K + i]) * eight(key + i);
+            scores[h * L + t] = total(sum);
+        }
+    }
+    for (int64_t h = 0; h < n; h++) {
+        float *p = &scores[h * L], largest = p[0], sum = 0;
+        for (int64_t t = 0; t < L; t++) largest = std::max(largest, p[t]);
+        for (int64_t t = 0; t < L; t++) sum += p[t] = std::exp(p[t] - largest);
+        for (int64_t t = 0; t < L; t++) p[t] /= sum;
+    }
+    for (int64_t t = 0; t < L; t++) {
+        const Number* value = v + at(t);
+        for (int64_t h = 0; h < n; h++)
+            for (int64_t i = 0; i < K; i += 8) *(Floats*)&mixed[h * K + i] += scores[h * L + t] * eight(value + i);
+    }
+    for (int64_t i = 0; i < n * K; i++) out[i] = (Number)mixed[i];
+}
+
+// kv_cache.cached_attention where every sequence has one new token: q (S, H, K), k and v (N, P, G, K), table (S, B) and ends (S,)
+// int32; K a multiple of 8. Returns (S, H, K).
+at::Tensor one_token_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& table, const at::Tensor& ends) {
+    const int64_t S = q.size(0), H = q.size(1), K = q.size(2), P = k.size(1), G = k.size(2), B = table.size(1);
+    TORCH_CHECK((q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16) && k.scalar_type() == q.scalar_type()
+                && v.scalar_type() == q.scalar_type() && K % 8 == 0 && H % G == 0 && k.size(3) == K && v.sizes() == k.sizes()
+                && k.is_contiguous() && v.is_contiguous() && table.is_contiguous() && table.size(0) == S && ends.numel() == S,
+                "one_token_attention: ", q.sizes(), ", ", q.scalar_type(), ", ", k.sizes(), ", ", k.scalar_type());
+    at::Tensor out = at::empty({S, H, K}, q.options()), queries = q.contiguous();
+    const int *blocks = table.const_data_ptr<int>(), *end = ends.const_data_ptr<int>();
+    auto compute = [&](auto number) {
+        typedef decltype(number) Number;
+        at::parallel_for(0, S * G, 1 + 100000 / (B * P * K), [&](int64_t first, int64_t last) {   // a thread for less would cost more
+            for (int64_t i = first; i < last; i++) {
+                const int64_t s = i / G, g = i % G;
+                auto at = [&](int64_t t) { return ((blocks[s * B + t / P] * P + t % P) * G + g) * K; };
+                attend(queries.const_data_ptr<Number>() + i * (H / G) * K, k.const_data_ptr<Number>(), v.const_data_ptr<Number>(), at,
+                       end[s], H / G, K, out.mutable_data_ptr<Number>() + i * (H / G) * K);
+            }
+        });
+    };
+    if (q.scalar_type() == at::kFloat) compute(float());
+    else compute(at::BFloat16());
+    return out;
+}
+
 TORCH_LIBRARY_FRAGMENT(LIBRARY, library) {   // LIBRARY: the chapter's name, from the compiler's command line
     library.def("few_rows(Tensor x, Tensor weight) -> Tensor");
     library.impl("few_rows", torch::dispatch(c10::DispatchKey::CPU, few_rows));
@@ -240,4 +328,6 @@ TORCH_LIBRARY_FRAGMENT(LIBRARY, library) {   // LIBRARY: the chapter's name, fro
     library.impl("few_rows_int8", torch::dispatch(c10::DispatchKey::CPU, few_rows_int8));
     library.def("few_rows_int4(Tensor x, Tensor weight, Tensor scale, Tensor? zero) -> Tensor");
     library.impl("few_rows_int4", torch::dispatch(c10::DispatchKey::CPU, few_rows_int4));
+    library.def("one_token_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor ends) -> Tensor");
+    library.impl("one_token_attention", torch::dispatch(c10::DispatchKey::CPU, one_token_attention));
 }

@@ -10,7 +10,8 @@ a page of C++ that reads the weights as fast as the memory gives them. It is use
 asks for it. At work, on a GPU: leave it to torch.compile, whose matrix products for one row do the same.
 
 Weights of 8 or 4 bits (quantized.py) are a half or a quarter of the bytes to read. That is worth something only if to turn them
-into numbers costs less than to read them. PyTorch's own operators for this are in the table of main() too.
+into numbers costs less than to read them. PyTorch's own operators for this are in the table of main() too. And what did not count
+beside the reading counts now: attention of one new token in each layer, a dozen calls from Python, is one operator here.
 """
 import functools
 import os
@@ -64,9 +65,10 @@ def operators():
     lock = Path(cpp_extension._get_build_directory(name, False), "lock")
     if lock.exists() and time.time() - lock.stat().st_mtime > 300:
         lock.unlink(missing_ok=True)
+    # Two passes of GCC only get in the way of what is written in registers already: they move it to memory and back.
+    flags = ["-O3", "-march=native", "-ffast-math", "-fno-tree-ter", "-fno-tree-slp-vectorize", "-fopenmp", f"-DLIBRARY={CHAPTER}"]
     try:
-        cpp_extension.load(name, [str(Path(__file__).parent / "few_rows.cpp")], is_python_module=False,
-                           extra_cflags=["-O3", "-march=native", "-ffast-math", "-fopenmp", f"-DLIBRARY={CHAPTER}"],
+        cpp_extension.load(name, [str(Path(__file__).parent / "few_rows.cpp")], is_python_module=False, extra_cflags=flags,
                            extra_ldflags=["-fopenmp"])
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         raise InputError(f"few_rows.cpp cannot be compiled ({str(error).splitlines()[0]}); it needs a C++ compiler"
@@ -74,6 +76,7 @@ def operators():
     # What torch.compile has to know: the shape of the result.
     for name in ("few_rows", "few_rows_int8", "few_rows_int4"):
         torch.library.register_fake(f"{CHAPTER}::{name}")(lambda x, weight, *scales: x.new_empty(len(x), len(weight)))
+    torch.library.register_fake(f"{CHAPTER}::one_token_attention")(lambda q, *cache: torch.empty_like(q))
     return getattr(torch.ops, CHAPTER)
 
 
@@ -93,6 +96,12 @@ def integer_kernel(layer):
         return lambda x: product(x, layer.weight, layer.scale)
     product = operators().few_rows_int4.default
     return lambda x: product(x, layer.weight, layer.scale, layer.zero)
+
+
+def one_token_attention(head_dim, weight):
+    """kv_cache.cached_attention where every sequence has one new token, or None where it does not fit. weight: for dtype and device."""
+    if weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16) and head_dim % 8 == 0:
+        return operators().one_token_attention.default
 
 
 class FewRows(nn.Linear):

@@ -22,7 +22,7 @@ from bpe_from_scratch import valid_unicode
 from checkpoint import load_model
 from data import packed_sequence_collate_fn, read_utf8
 from errors import ArgumentParser, InputError, positive, run, seed
-from few_rows import for_few_rows
+from few_rows import for_few_rows, one_token_attention
 from kv_cache import ContiguousCache
 
 
@@ -69,6 +69,8 @@ def generate_batch(model, tokenizer, prompts, max_new_tokens, sampling=Sampling(
     contexts = dict(enumerate(map(list, prompts)))
     row_length = min(limit, max(map(len, prompts)) + max_new_tokens)
     cache = ContiguousCache(model.config, len(prompts), row_length, weight.device, weight.dtype) if cached else None
+    if cached and forward is not None:
+        cache.one_token_attention = one_token_attention(model.config.head_dim, weight)
     for _ in range(max_new_tokens):
         # Never trained on more than limit tokens: older ones drop out.
         windows = {row: context[-limit:] for row, context in contexts.items()}

@@ -35,6 +35,8 @@ VARLEN_PAGED = "block_table" in inspect.signature(varlen_attn).parameters
 class PagedCache:
     """Room for num_blocks * block_size tokens. Who owns which block is not decided here, but by the BlockPool below."""
 
+    one_token_attention = None   # few_rows.cpp's, for steps of one token each
+
     def __init__(self, config, num_blocks, block_size, device="cpu", dtype=torch.float32):
         self.block_size, self.device = block_size, torch.device(device)
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)   # (N, P, G, K)
@@ -104,6 +106,8 @@ class LayerCache:
         self.v.flatten(0, 1).index_copy_(0, self.cache.slots, v.to(self.v.dtype))
         table, ends = self.cache.table, self.cache.ends
         q = q.to(self.k.dtype)
+        if self.cache.one_token_attention is not None and max_seqlen == 1:
+            return self.cache.one_token_attention(q, self.k, self.v, table, ends)
         if VARLEN_PAGED and varlen_obstacle(self.k.device, self.k.dtype) is None and self.cache.block_size % 256 == 0:   # FlashAttention 2's pages
             return varlen_attn(q, self.k, self.v, cu_seqlens, None, max_seqlen, table.shape[1] * self.k.shape[1], window_size=(-1, 0),
                                seqused_k=ends, block_table=table, **VARLEN_GQA)

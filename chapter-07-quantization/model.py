@@ -31,7 +31,7 @@ from linear_cross_entropy import linear_cross_entropy
 from moe import MoE
 from operators import RMSNormalize, grouped_attention, stacks
 from precision import compute_dtype
-from quantized import is_known, replace_layers
+from quantized import check_device, is_known, linear_layers, replace_layers
 
 
 @dataclass
@@ -455,6 +455,9 @@ def load_pretrained(dir_or_hub_id, device="cpu", dtype=None):
     folder = checkpoint_folder(dir_or_hub_id)
     with torch.device("meta"):   # shapes without memory; the file's tensors then take the place of the model's own
         model = Transformer(read_config(folder / "config.json"))
+    if model.config.quantization_config:
+        widths = {layer.in_features for _, _, layer in linear_layers(model.model.layers)}
+        check_device(model.config.quantization_config, widths, torch.device(device).type)
     expected, files = model.state_dict(), tensor_files(folder)
     head = None
     if model.config.tie_word_embeddings:

@@ -22,7 +22,7 @@ from errors import ArgumentParser, InputError, positive, run
 from gptq import gptq
 from integers import Format, choose_scale, to_integers
 from model import Block, Transformer, checkpoint_folder, read_config, read_tensor, rotary_angles, tensor_files
-from quantized import QUANT_METHOD, Int8Embedding, empty_layer, linear_layers
+from quantized import QUANT_METHOD, Int8Embedding, check_device, empty_layer, linear_layers
 from scaling import awq, clipped, smoothquant
 from tokenizer import load_tokenizer
 from train import choose_device
@@ -209,8 +209,8 @@ def predicted_bytes(config, described, itemsize):
     return int(L * layer + tables * config.vocab_size * (D + itemsize) + D * itemsize)
 
 
-def describe(config, method, group, asymmetric):
-    """`quantization_config` of the new config.json. Raises InputError where the matrices have no such groups."""
+def describe(config, method, group, asymmetric, device):
+    """`quantization_config` of the new config.json. Raises InputError where the matrices have no such groups, or the device cannot."""
     widths = {config.hidden_size, config.moe_intermediate_size if config.num_experts else config.intermediate_size,
               config.num_attention_heads * config.head_dim}
     bits = METHODS[method].bits
@@ -220,8 +220,10 @@ def describe(config, method, group, asymmetric):
     if bits == 4 and (group % 2 or any(width % group for width in widths)):
         raise InputError(f"--group {group} does not divide all rows, which are {', '.join(map(str, sorted(widths)))} long;"
                          f" {math.gcd(*widths)} does, if it is even")
-    return {"quant_method": QUANT_METHOD, "method": method, "bits": bits, "group_size": group, "symmetric": not asymmetric,
-            "activations": METHODS[method].activations} | ({"outliers": {}} if method == "int8-outliers" else {})
+    described = {"quant_method": QUANT_METHOD, "method": method, "bits": bits, "group_size": group, "symmetric": not asymmetric,
+                 "activations": METHODS[method].activations} | ({"outliers": {}} if method == "int8-outliers" else {})
+    check_device(described, widths, device)
+    return described
 
 
 def check_folders(checkpoint, out):
@@ -248,7 +250,7 @@ def quantize(checkpoint, method, out, group=None, asymmetric=False, documents=()
         raise InputError(f"{folder} is quantized already ({config.quantization_config.get('method')}); quantize the model it was made of")
     if config.num_experts and METHODS[method].rescale:
         raise InputError(f"--method {method} divides what makes a layer's inputs, and experts share theirs with the router; use int4-gptq or int8")
-    described = describe(config, method, group, asymmetric)
+    described = describe(config, method, group, asymmetric, device)
     batches = calibration_batches(documents, tokenizer, tokens, config.max_position_embeddings) if METHODS[method].calibrated else []
     full = FullModel(folder, config, device)
     state = quantized_state(full, replace(config, quantization_config=described), METHODS[method], [batch.to(device) for batch in batches])

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from errors import InputError
 from integers import Format, from_integers, pack4, unpack4
 
 QUANT_METHOD = "chapter-07-quantization"   # what config.json calls these files: only this chapter reads them
@@ -134,6 +135,17 @@ def is_known(described):
             and type(described.get("group_size")) is int and described["group_size"] >= 0 and type(described.get("symmetric")) is bool)
 
 
+def check_device(described, widths, device):
+    """Raises InputError where a device cannot multiply integers with integers. widths: of the rows of all matrices."""
+    if described["activations"] == "float" or device == "cpu":
+        return
+    if device != "cuda":
+        raise InputError(f"{described.get('method')} multiplies integers with integers, and torch cannot on {device}; use --device cpu, or int8")
+    if any(width % 8 for width in widths):
+        raise InputError(f"{described.get('method')} on a GPU needs rows of a multiple of 8, and they are"
+                         f" {', '.join(map(str, sorted(widths)))} long; use --device cpu, or int8")
+
+
 def linear_layers(module):
     """[(parent, name, layer)] of what is quantized: the products with large matrices. The router of experts is small, and sensitive."""
     return [(parent, name, layer) for parent in module.modules() for name, layer in parent.named_children()
@@ -183,7 +195,8 @@ def native_product(layer):
     group = layer.in_features * layer.out_features // scale.numel()
     fits = group in (32, 64, 128, 256) and layer.out_features % 16 == 0
     if device == "cuda":
-        fits = fits and layer.in_features % 128 == 0 and scale.dtype == torch.bfloat16
+        fits = (fits and layer.in_features % 128 == 0 and scale.dtype == torch.bfloat16
+                and torch.cuda.get_device_capability(scale.device) >= (8, 0))
     if type(layer) is Int4Linear and fits:
         zero = 8.0 if layer.zero is None else layer.zero.to(scale.dtype)
         pairs = torch.stack([scale, (8 - zero) * scale], dim=-1).transpose(0, 1).contiguous()   # (K / group, N, 2): (q - 8) * scale + zero

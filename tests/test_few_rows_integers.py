@@ -78,6 +78,44 @@ def test_the_kernel_computes_the_layers_that_fit():
     assert not layer(x[:1]).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("H, G, K, P, length", [(4, 2, 32, 64, 40), (4, 2, 32, 5, 40), (16, 8, 128, 16, 1), (3, 3, 8, 512, 300)])
+def test_attention_of_one_token_is_that_of_the_softmax(dtype, H, G, K, P, length):
+    """For sequences of different lengths, with blocks in any order; what lies behind a sequence's end is not looked at."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [length, 1, (length + 1) // 2]
+    width = (length - 1) // P + 1
+    k, v = torch.randn(2, 3 * width + 2, P, G, K, generator=generator).to(dtype)
+    table = torch.randperm(3 * width + 2, generator=generator)[:3 * width].view(3, width).int()
+    q, expected = 3 * torch.randn(3, H, K, generator=generator).to(dtype), []   # far from uniform
+    for row, blocks, n in zip(q.double(), table, lengths):
+        keys, values = (x[blocks].flatten(0, 1)[:n].double().repeat_interleave(H // G, dim=1) for x in (k, v))   # (n, H, K)
+        weights = torch.einsum("hk,nhk->hn", row, keys).div(K ** 0.5).softmax(-1)
+        expected.append(torch.einsum("hn,nhk->hk", weights, values))
+    for x in (k, v):
+        for blocks, n in zip(table, lengths):
+            for t in range(n, width * P):
+                x[blocks[t // P], t % P] = float("nan")
+    attention = chapter.few_rows.one_token_attention(K, q)
+    found = attention(q, k, v, table, torch.tensor(lengths, dtype=torch.int32))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), torch.stack(expected), **{torch.float32: dict(rtol=1e-4, atol=1e-5),
+                                                                        torch.bfloat16: dict(rtol=1e-2, atol=1e-2)}[dtype])
+
+
+def test_attention_of_one_token_hides_no_nan():
+    """generate.py says that a model is damaged by the nan in its scores."""
+    k, v, q = torch.randn(2, 4, 2, 8), torch.randn(2, 4, 2, 8), torch.randn(2, 4, 8)
+    k[1, 1] = float("nan")
+    found = chapter.few_rows.one_token_attention(8, q)(q, k, v, torch.tensor([[0], [1]], dtype=torch.int32), torch.tensor([3, 3], dtype=torch.int32))
+    assert found[0].isfinite().all() and found[1].isnan().all()
+
+
+def test_attention_of_one_token_is_left_to_torch_where_it_does_not_fit():
+    assert chapter.few_rows.one_token_attention(12, torch.zeros(1)) is None
+    assert chapter.few_rows.one_token_attention(16, torch.zeros(1, dtype=torch.float16)) is None
+
+
 COMPILED = """
 import torch
 from benchmark import GREEDY, build

@@ -300,6 +300,21 @@ def test_bad_input(tmp_path, full, documents, call, text_file):
     assert (full / "model.safetensors").is_file()
 
 
+def test_a_device_that_lacks_a_method(tmp_path, full, documents):
+    """Said before anything is read or computed, so that no such device is needed to see it."""
+    InputError = chapter.errors.InputError
+    for method in ("int8-w8a8", "int8-outliers", "int8-smoothquant"):
+        with pytest.raises(InputError, match=f"{method} .* torch cannot on mps"):
+            quantize.quantize(full, method, tmp_path / "new", documents=documents, tokens=200, device="mps")
+    assert list(tmp_path.iterdir()) == []
+    quantize.quantize(full, "int8-w8a8", tmp_path / "small")
+    with pytest.raises(InputError, match="torch cannot on mps"):
+        chapter.checkpoint.load_model(tmp_path / "small", "mps")
+    odd = make_folder(tmp_path / "odd", documents, intermediate_size=100)
+    with pytest.raises(InputError, match="multiple of 8, and they are 64, 100 long"):
+        quantize.quantize(odd, "int8-w8a8", tmp_path / "new", device="cuda")
+
+
 def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path, full, monkeypatch):
     def no_room(*arguments, **named):
         raise OSError(28, "No space left on device")
