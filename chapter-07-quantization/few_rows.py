@@ -36,6 +36,9 @@ from report import write_results
 # of the weights included.
 HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 FEW = 32   # rows up to which the kernel is faster than a library that is made for many
+# For torch.compile. What it makes between two products is so small that to wake a second thread takes longer; and nobody has to
+# see in every step that the shapes are what they were.
+SMALL = {"cpp.min_chunk_size": 8192, "size_asserts": False}
 
 
 def weights_first(x, weight):

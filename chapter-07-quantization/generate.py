@@ -22,7 +22,7 @@ from bpe_from_scratch import valid_unicode
 from checkpoint import load_model
 from data import packed_sequence_collate_fn, read_utf8
 from errors import ArgumentParser, InputError, positive, run, seed
-from few_rows import for_few_rows, one_token_attention
+from few_rows import SMALL, for_few_rows, one_token_attention
 from kv_cache import ContiguousCache
 
 
@@ -223,7 +223,7 @@ def main():
                         arguments.repetition_penalty, arguments.seed)
     model, tokenizer = load_model(arguments.checkpoint)
     for_few_rows(model, use_kernel=arguments.compile)
-    forward = torch.compile(model, fullgraph=True) if arguments.compile else None
+    forward = torch.compile(model, fullgraph=True, options=SMALL) if arguments.compile else None
     max_new_tokens = arguments.tokens or arguments.max_new_tokens
 
     def encode(prompt):

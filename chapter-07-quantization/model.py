@@ -430,15 +430,15 @@ def tensor_files(folder):
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
-def read_tensor(path, name, device, dtype):
-    """One tensor of a safetensors file, copied out of it.
+def read_tensor(path, name, device, dtype, rows=None):
+    """One tensor of a safetensors file, or a slice of its rows, copied out of it.
 
     A file that is open is mapped into memory, and what has been read of it stays there. Closing it after each tensor is
     what keeps the peak at the size of the model instead of twice that.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
+            tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
             wanted = FLOATS if dtype in (None, *FLOATS) else (dtype,)
             if tensor.dtype not in wanted:
                 raise InputError(f"{path}: {name} is {tensor.dtype}; this model wants {' or '.join(map(str, wanted))} there")

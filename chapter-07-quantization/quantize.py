@@ -151,13 +151,19 @@ class FullModel:
         if missing:
             raise InputError(f"{folder}: {len(missing)} missing tensors, the first is {min(missing)}")
 
-    def read(self, name):
-        tensor = read_tensor(self.files[name], name, self.device, None)
-        if tensor.shape != self.expected[name].shape:
-            raise InputError(f"{self.files[name]}: {name} is {tuple(tensor.shape)}, config.json says {tuple(self.expected[name].shape)}")
-        if not all(rows.isfinite().all() for rows in tensor.split(4096)):   # in parts: of a whole table it would take twice its bytes
+    def read(self, name, rows=slice(None)):
+        tensor, expected = read_tensor(self.files[name], name, self.device, None, rows), self.expected[name][rows].shape
+        if tensor.shape != expected:
+            raise InputError(f"{self.files[name]}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected)}")
+        if not tensor.isfinite().all():
             raise InputError(f"{self.files[name]}: {name} holds nan or inf: its training diverged")
         return tensor
+
+    def read_in_parts(self, name, rows=4096):
+        """A table, which is larger than any layer. The last part goes to the end of what there is, so that too many rows are seen."""
+        last = (len(self.expected[name]) - 1) // rows * rows
+        for start in range(0, last + 1, rows):
+            yield self.read(name, slice(start, start + rows if start < last else None))
 
 
 @torch.no_grad()
@@ -169,12 +175,10 @@ def quantized_state(full, config, method, batches):
     """
     state, described = {}, config.quantization_config
     for name in ["model.embed_tokens.weight"] + ["lm_head.weight"] * (not config.tie_word_embeddings):
-        table = full.read(name)
-        dtype = table.dtype
-        # In parts: the float32 in between, of a whole table, would be larger than all the quantized layers.
-        parts = [nearest(rows, None, Format(8), dtype) for rows in table.split(4096)]
+        parts = [nearest(rows, None, Format(8), rows.dtype) for rows in full.read_in_parts(name)]
         state |= {name: torch.cat([part[0] for part in parts]), name.replace("weight", "scale"): torch.cat([part[1][:, 0] for part in parts])}
-    del table, parts
+    dtype = parts[0][1].dtype
+    del parts
     embed = Int8Embedding(0, 0, dtype)
     embed.weight, embed.scale.data = state["model.embed_tokens.weight"], state["model.embed_tokens.scale"]
     xs = [embed(batch.input_ids).float() for batch in batches]                              # (T, D) each
