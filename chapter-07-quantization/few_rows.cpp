@@ -1,9 +1,11 @@
-// x weight^T for few rows of x, at the speed at which memory gives the weights. few_rows.py compiles and calls this.
+// x weight^T for few rows of x, at the speed at which memory gives the weights: floats, then integers; and attention of one token.
+// few_rows.py compiles and calls this.
 //
 // Eight numbers lie in a register. A weight that has arrived is used for all rows of x that are being computed. Each sum is
 // kept as several partial ones: an addition has to wait for the one before it in the same sum, not for those in others.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <cstring>
 #include <torch/library.h>
 #include <vector>
 #ifdef __AVX2__
@@ -94,9 +96,9 @@ at::Tensor few_rows(const at::Tensor& x, const at::Tensor& weight) {
 
 // ------------------------------------------------------------------------------------------------------------- integers
 
-// Integers times integers: x is rounded to 16 bits, with a scale for every chunk of its row, which is finer than bfloat16 by far. One
-// instruction then multiplies 16 pairs and adds neighbours, with no conversion for each weight. In a chunk of a group,
-//     sum of scale * (w - zero) * x  =  scale * scale of x * (sum of w * x  -  zero * sum of x)        all sums of integers, exact
+// Integers times integers: x is rounded to 16 bits, with a scale for every chunk of its row. That is finer than bfloat16, where no
+// number is hundreds of times larger than the others of its chunk. One instruction then multiplies 16 pairs and adds neighbours, with no conversion for each weight. In a chunk of a group,
+//     sum of scale * (w - zero) * x  =  scale * scale of x * (sum of w * x  -  zero * sum of x)        with sums of integers
 typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2)));
 
 static inline Integers pairs(Shorts a, Shorts b) {   // of 16 products the sums of two neighbours each
@@ -134,7 +136,12 @@ static Rows in_integers(const Number* x, int64_t R, int64_t K) {
         for (int64_t c = 0; c < K / CHUNK; c++, x += CHUNK) {
             float numbers[CHUNK], largest = 1e-30f;
             for (int k = 0; k < CHUNK; k++) numbers[k] = x[k];
-            for (int k = 0; k < CHUNK; k++) largest = std::max(largest, std::abs(numbers[k]));
+            // Without the sign, floats and their bits have the same order, and a nan is the largest: it must not get lost here.
+            int32_t bits[CHUNK], most;
+            std::memcpy(bits, numbers, sizeof bits);
+            std::memcpy(&most, &largest, sizeof most);
+            for (int k = 0; k < CHUNK; k++) most = std::max(most, bits[k] & 0x7fffffff);
+            std::memcpy(&largest, &most, sizeof most);
             const float steps = 32767 / largest;
             int16_t integers[CHUNK];
             for (int k = 0; k < CHUNK; k++) integers[k] = (int16_t)std::nearbyint(numbers[k] * steps);
@@ -154,8 +161,7 @@ static Rows in_integers(const Number* x, int64_t R, int64_t K) {
 // One row of weights, with a scale and a zero point for each chunk, times R rows of x -> out[r * stride].
 // HALVES: a chunk is two groups of 32, half of the sums for each.
 template <int BITS, int CHUNK, int R, bool HALVES, typename Number>
-static void tile(const uint8_t* w, const float* scale, const float* zero, const Rows& x, int64_t chunks,
-                                           Number* out, int64_t stride) {
+static void tile(const uint8_t* w, const float* scale, const float* zero, const Rows& x, int64_t chunks, Number* out, int64_t stride) {
     constexpr int W = 16 / BITS;   // weights in a lane
     const Lanes* lane = x.integers.data();
     const float* x_scale = x.scale.data();
@@ -164,7 +170,8 @@ static void tile(const uint8_t* w, const float* scale, const float* zero, const 
     for (int64_t c = 0; c < chunks; c++) {
         Integers sums[R] = {};
         for (int i = 0; i < CHUNK; i += 16 * W, w += 32) {
-            // The processor fetches by itself what follows, but begins anew on every page of 4 KB.
+            // The processor fetches by itself what follows, but begins anew on every page of 4 KB. So ask, once for each line of the
+            // cache (512 bits), for what comes half a page later.
             if (i * BITS % 512 == 0) __builtin_prefetch(w + 2048);
             Shorts lanes = *(const Shorts*)w;
             if (BITS == 8) lanes ^= 0x8080;   // from -128 to 127 becomes from 0 to 255
@@ -197,7 +204,7 @@ static void product(const at::Tensor& x, const uint8_t* w, const at::Tensor& sca
     at::parallel_for(0, N / 4, 16, [&](int64_t begin, int64_t end) {
         std::vector<float> s(4 * of_row), z(4 * of_row, 1 << (BITS - 1));   // no zero: the one in the middle
         for (int64_t n = 4 * begin; n < 4 * end; n += 4) {
-            // All at once, because to make one float after the other takes as long as the products.
+            // All scales of four rows at once: to make one float after the other would take as long as the products.
             for (int64_t i = 0; i < in_group; i++)
                 for (int64_t g = 0; g < 4 * groups; g++) s[g * in_group + i] = scales[n * groups + g];
             for (int64_t i = 0; zero && i < in_group; i++)
@@ -218,10 +225,14 @@ static void product(const at::Tensor& x, const uint8_t* w, const at::Tensor& sca
 
 template <int BITS>
 static at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor* zero) {
+    TORCH_CHECK(weight.dim() == 2 && weight.numel() && scale.dim() && scale.numel(), "few_rows: ", weight.sizes(), ", scale ", scale.sizes());
     const int64_t K = weight.size(1) * 8 / BITS, N = weight.size(0), group = K * N / scale.numel();
     TORCH_CHECK(x.dim() == 2 && x.size(1) == K && x.scalar_type() == scale.scalar_type()
                 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
                 "few_rows: ", x.sizes(), ", ", x.scalar_type());
+    TORCH_CHECK(weight.scalar_type() == (BITS == 8 ? at::kChar : at::kByte) && scale.size(0) == N
+                && (BITS == 8 ? scale.dim() == 1 : scale.dim() == 2 && K % scale.size(1) == 0),
+                "few_rows: ", weight.scalar_type(), ", scale ", scale.sizes());
     TORCH_CHECK(N % 4 == 0 && K % 64 == 0 && (group == 32 || group % 64 == 0) && weight.is_contiguous()
                 && scale.is_contiguous() && (!zero || (zero->is_contiguous() && zero->sizes() == scale.sizes())),
                 "few_rows: ", N, " x ", K, ", groups of ", group);
@@ -230,7 +241,7 @@ static at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const a
         product(x.contiguous(), (const uint8_t*)weight.const_data_ptr(), scale, zero ? zero->const_data_ptr<uint8_t>() : nullptr,
                 out);
     };
-    constexpr int LONG = BITS == 8 ? 512 : 128;   // the longest chunk; with more numbers its sums might leave 32 bits
+    constexpr int LONG = BITS == 8 ? 512 : 128;   // the longest chunk: longer ones are no faster, and x's scale would be coarser
     auto for_dtype = [&](auto number) {
         typedef decltype(number) Number;
         if (group == 32) compute(product<BITS, 64, true, Number>);
@@ -256,7 +267,7 @@ at::Tensor few_rows_int4(const at::Tensor& x, const at::Tensor& weight, const at
 
 // ------------------------------------------------------------------------------------------------------------ attention
 
-// A key or value of eight numbers at a time.
+// Eight numbers of a key or value.
 static inline Floats eight(const float* p) { return load(p); }
 typedef uint16_t Halves __attribute__((vector_size(16), aligned(2)));
 static inline Floats eight(const at::BFloat16* p) { return (Floats)(__builtin_convertvector(*(const Halves*)p, Words) << 16); }
@@ -298,6 +309,8 @@ static void attend(const Number* q, const Number* k, const Number* v, Place at, 
 // kv_cache.cached_attention where every sequence has one new token: q (S, H, K), k and v (N, P, G, K), table (S, B) and ends (S,)
 // int32; K a multiple of 8. Returns (S, H, K).
 at::Tensor one_token_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& table, const at::Tensor& ends) {
+    TORCH_CHECK(q.dim() == 3 && k.dim() == 4 && table.dim() == 2 && k.numel() && table.size(1) && ends.dim() == 1 && ends.is_contiguous(),
+                "one_token_attention: ", q.sizes(), ", ", k.sizes(), ", ", table.sizes(), ", ", ends.sizes());
     const int64_t S = q.size(0), H = q.size(1), K = q.size(2), P = k.size(1), G = k.size(2), B = table.size(1);
     TORCH_CHECK((q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16) && k.scalar_type() == q.scalar_type()
                 && v.scalar_type() == q.scalar_type() && K % 8 == 0 && H % G == 0 && k.size(3) == K && v.sizes() == k.sizes()
@@ -305,6 +318,11 @@ at::Tensor one_token_attention(const at::Tensor& q, const at::Tensor& k, const a
                 "one_token_attention: ", q.sizes(), ", ", q.scalar_type(), ", ", k.sizes(), ", ", k.scalar_type());
     at::Tensor out = at::empty({S, H, K}, q.options()), queries = q.contiguous();
     const int *blocks = table.const_data_ptr<int>(), *end = ends.const_data_ptr<int>();
+    for (int64_t s = 0; s < S; s++) {
+        TORCH_CHECK(end[s] >= 1 && end[s] <= B * P, "one_token_attention: ", end[s], " tokens in ", B, " blocks of ", P);
+        for (int64_t b = s * B; b <= s * B + (end[s] - 1) / P; b++)
+            TORCH_CHECK(blocks[b] >= 0 && blocks[b] < k.size(0), "one_token_attention: block ", blocks[b], " of ", k.size(0));
+    }
     auto compute = [&](auto number) {
         typedef decltype(number) Number;
         at::parallel_for(0, S * G, 1 + 100000 / (B * P * K), [&](int64_t first, int64_t last) {   // a thread for less would cost more

@@ -6,7 +6,7 @@ A new token is one row: each weight is read from memory, used for one multiplica
 before the next token. With sixteen texts there are sixteen rows, and still nearly all of the time should go into reading.
 Libraries are made for hundreds of rows. On a CPU with a few of them what nn.Linear calls is several times slower than the
 memory. Two cures: to ask for the same product in another order or dtype, which needs nothing but torch; and few_rows.cpp,
-a page of C++ that reads the weights as fast as the memory gives them. It is used where for_few_rows(model, use_kernel=True)
+some pages of C++ that read the weights as fast as the memory gives them. It is used where for_few_rows(model, use_kernel=True)
 asks for it. At work, on a GPU: leave it to torch.compile, whose matrix products for one row do the same.
 
 Weights of 8 or 4 bits (quantized.py) are a half or a quarter of the bytes to read. That is worth something only if to turn them
@@ -36,8 +36,8 @@ from report import write_results
 # of the weights included.
 HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 FEW = 32   # rows up to which the kernel is faster than a library that is made for many
-# For torch.compile. What it makes between two products is so small that to wake a second thread takes longer; and nobody has to
-# see in every step that the shapes are what they were.
+# For torch.compile: what it makes between two products is so small that to wake a second thread takes longer, and its check of
+# every tensor's shape before every operator (the same in each step) is a few hundred calls.
 SMALL = {"cpp.min_chunk_size": 8192, "size_asserts": False}
 
 
@@ -68,7 +68,7 @@ def operators():
     lock = Path(cpp_extension._get_build_directory(name, False), "lock")
     if lock.exists() and time.time() - lock.stat().st_mtime > 300:
         lock.unlink(missing_ok=True)
-    # Two passes of GCC only get in the way of what is written in registers already: they move it to memory and back.
+    # -fno-tree-...: without two passes of GCC, which move what is in registers to memory and back (four rows: 1.3 times faster).
     flags = ["-O3", "-march=native", "-ffast-math", "-fno-tree-ter", "-fno-tree-slp-vectorize", "-fopenmp", f"-DLIBRARY={CHAPTER}"]
     try:
         cpp_extension.load(name, [str(Path(__file__).parent / "few_rows.cpp")], is_python_module=False, extra_cflags=flags,
@@ -88,7 +88,7 @@ def kernel():
 
 
 def integer_kernel(layer):
-    """The same for an Int8Linear or Int4Linear: x -> x weight^T, or None where the layer does not fit."""
+    """The operator of few_rows.cpp for an Int8Linear or Int4Linear: x -> x weight^T, or None where the layer does not fit."""
     group = layer.in_features * layer.out_features // layer.scale.numel()
     if (type(layer) not in (Int8Linear, Int4Linear) or layer.in_features % 64 or layer.out_features % 4
             or (group != 32 and group % 64)

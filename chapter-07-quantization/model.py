@@ -443,7 +443,7 @@ def read_tensor(path, name, device, dtype, rows=None):
             if tensor.dtype not in wanted:
                 raise InputError(f"{path}: {name} is {tensor.dtype}; this model wants {' or '.join(map(str, wanted))} there")
             return tensor.to(device, dtype or tensor.dtype, copy=True)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, IndexError) as error:   # the last: a slice of a single number
         raise InputError(f"{path} is damaged or not a safetensors file, {name} cannot be read: {error}") from None
 
 

@@ -7,6 +7,7 @@
 It goes from layer to layer and holds one of them in float32 at a time, besides what is already integers. A method that wants to know
 the layer's inputs gets them from calibration text, which runs along: each layer sees what the quantized layers before it make of it.
 """
+import ctypes
 import math
 import shutil
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from tokenizer import load_tokenizer
 from train import choose_device
 
 PACK = 1024       # tokens of calibration text that run together
+PART = 4096       # rows of the token table that are read at a time
 OUTLIER = 6       # times larger than the inputs of a layer are on average (root mean square): so large is one that is kept apart
 
 
@@ -154,16 +156,17 @@ class FullModel:
     def read(self, name, rows=slice(None)):
         tensor, expected = read_tensor(self.files[name], name, self.device, None, rows), self.expected[name][rows].shape
         if tensor.shape != expected:
-            raise InputError(f"{self.files[name]}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected)}")
+            part = f" from row {rows.start} on" if rows.start else ""
+            raise InputError(f"{self.files[name]}: {name}{part} is {tuple(tensor.shape)}, config.json says {tuple(expected)}")
         if not tensor.isfinite().all():
             raise InputError(f"{self.files[name]}: {name} holds nan or inf: its training diverged")
         return tensor
 
-    def read_in_parts(self, name, rows=4096):
+    def read_in_parts(self, name):
         """A table, which is larger than any layer. The last part goes to the end of what there is, so that too many rows are seen."""
-        last = (len(self.expected[name]) - 1) // rows * rows
-        for start in range(0, last + 1, rows):
-            yield self.read(name, slice(start, start + rows if start < last else None))
+        last = (len(self.expected[name]) - 1) // PART * PART
+        for start in range(0, last + 1, PART):
+            yield self.read(name, slice(start, start + PART if start < last else None))
 
 
 @torch.no_grad()
@@ -175,10 +178,13 @@ def quantized_state(full, config, method, batches):
     """
     state, described = {}, config.quantization_config
     for name in ["model.embed_tokens.weight"] + ["lm_head.weight"] * (not config.tie_word_embeddings):
-        parts = [nearest(rows, None, Format(8), rows.dtype) for rows in full.read_in_parts(name)]
-        state |= {name: torch.cat([part[0] for part in parts]), name.replace("weight", "scale"): torch.cat([part[1][:, 0] for part in parts])}
-    dtype = parts[0][1].dtype
-    del parts
+        table, scales = torch.empty(full.expected[name].shape, dtype=torch.int8, device=full.device), []
+        for rows, to in zip(full.read_in_parts(name), table.split(PART)):
+            integers, scale, _ = nearest(rows, None, Format(8), rows.dtype)
+            to.copy_(integers)
+            scales.append(scale[:, 0])
+        state |= {name: table, name.replace("weight", "scale"): torch.cat(scales)}
+    dtype = scale.dtype
     embed = Int8Embedding(0, 0, dtype)
     embed.weight, embed.scale.data = state["model.embed_tokens.weight"], state["model.embed_tokens.scale"]
     xs = [embed(batch.input_ids).float() for batch in batches]                              # (T, D) each
@@ -275,7 +281,16 @@ def quantize(checkpoint, method, out, group=None, asymmetric=False, documents=()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def return_memory():
+    """The opposite of train.keep_memory: what is freed goes back to the system at once. Otherwise what stays of a layer comes to lie
+    between what was only needed for a while, and the peak is a quarter above the model and one layer."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 20)   # M_MMAP_THRESHOLD, in bytes
+
+
 def main():
+    return_memory()
     parser = ArgumentParser(description="Write a model's weights in 8 or 4 bits.")
     parser.add_argument("--checkpoint", default=Path(__file__).parent / "out", metavar="DIR|HUB_ID", help="the model to be quantized")
     parser.add_argument("--method", choices=METHODS, required=True, help="; ".join(f"{name}: {method.about}" for name, method in METHODS.items()))

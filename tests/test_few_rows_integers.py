@@ -50,6 +50,35 @@ def test_integer_products_are_those_of_the_matrix_they_stand_for(dtype):
             assert error < (2e-5 if dtype == torch.float32 else 4e-3), (format, rows, error)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_integer_products_hide_no_nan(dtype):
+    """generate.py says that a model is damaged by the nan in its scores. Only the row that has it is touched."""
+    for format in formats():
+        x = torch.randn(5, K).to(dtype)
+        x[1, 3], x[3, K - 1] = float("nan"), float("inf")
+        found = chapter.few_rows.integer_kernel(random_layer(format, dtype, torch.Generator().manual_seed(0)))(x)
+        assert found[1].isnan().all() and not found[3].isfinite().any() and found[[0, 2, 4]].isfinite().all()
+
+
+def test_operators_refuse_what_does_not_fit():
+    """A wrong call is an error, not a read beyond the end of a tensor."""
+    operators, x = chapter.few_rows.operators(), torch.randn(2, 64)
+    w8, w4 = torch.zeros(4, 64, dtype=torch.int8), torch.zeros(4, 32, dtype=torch.uint8)
+    for arguments in [(x, w8, torch.ones(1)), (x, w8, torch.ones(0)), (x, w8, torch.ones(4, 2)), (x, w8[:0], torch.ones(0)),
+                      (x, w8.float(), torch.ones(4)), (x, w8.unsqueeze(2), torch.ones(4))]:
+        with pytest.raises(RuntimeError, match="few_rows"):
+            operators.few_rows_int8(*arguments)
+    for arguments in [(x, w4, torch.ones(1, 1)), (x, w4, torch.ones(1, 4)), (x, w4.float(), torch.ones(4, 1)), (x, w4, torch.ones(4))]:
+        with pytest.raises(RuntimeError, match="few_rows"):
+            operators.few_rows_int4(*arguments, None)
+    q, k, table, ends = torch.randn(2, 4, 8), torch.randn(3, 5, 2, 8), torch.tensor([[0, 1], [2, 0]], dtype=torch.int32), torch.tensor([7, 3], dtype=torch.int32)
+    operators.one_token_attention(q, k, k, table, ends)
+    for arguments in [(q, k, k, table - 1, ends), (q, k, k, table + 1, ends), (q, k, k, table, ends * 0), (q, k, k, table, ends + 4),
+                      (q, k, k, table[:, :0], ends), (q[0], k, k, table, ends), (q, k, k, table, torch.stack([ends, ends], 1)[:, 0])]:
+        with pytest.raises(RuntimeError, match="one_token_attention"):
+            operators.one_token_attention(*arguments)
+
+
 def test_x_may_be_a_view(dtype=torch.bfloat16):
     """Of every second row, of every second column."""
     generator = torch.Generator().manual_seed(0)
