@@ -97,7 +97,8 @@ at::Tensor few_rows(const at::Tensor& x, const at::Tensor& weight) {
 // ------------------------------------------------------------------------------------------------------------- integers
 
 // Integers times integers: x is rounded to 16 bits, with a scale for every chunk of its row. That is finer than bfloat16, where no
-// number is hundreds of times larger than the others of its chunk. One instruction then multiplies 16 pairs and adds neighbours, with no conversion for each weight. In a chunk of a group,
+// number is hundreds of times larger than the others of its chunk. One instruction then multiplies 16 pairs and adds neighbours,
+// with no conversion for each weight. In a chunk of a group,
 //     sum of scale * (w - zero) * x  =  scale * scale of x * (sum of w * x  -  zero * sum of x)        with sums of integers
 typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2)));
 
