@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
 
 from chapters import expect_error, load_chapter
 
@@ -345,6 +346,28 @@ def test_weights_that_are_no_numbers(tmp_path, documents):
     with pytest.raises(chapter.errors.InputError, match="layers.1.mlp.up_proj.*nan"):
         quantize.quantize(folder, "int8", tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+def test_a_table_that_is_read_in_parts(tmp_path, full, monkeypatch):
+    """Parts of any size give the same integers, and a table of another shape than config.json says is refused."""
+    quantize.quantize(full, "int8", tmp_path / "whole")
+    vocab = len(load_file(full / "model.safetensors")["model.embed_tokens.weight"])
+    for part in (vocab // 3, vocab - 1, vocab, vocab + 1):
+        monkeypatch.setattr(quantize, "PART", part)
+        quantize.quantize(full, "int8", tmp_path / "parts")
+        found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    monkeypatch.setattr(quantize, "PART", 16)
+    bad = tmp_path / "bad"
+    shutil.copytree(full, bad)
+    tensors = load_file(full / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    for other, words in ((table[:-1], "embed_tokens.weight from row"), (torch.cat([table, table[:1]]), "embed_tokens.weight from row"),
+                         (table[:, 1:].contiguous(), "embed_tokens.weight is"), (table[0, 0].clone(), "embed_tokens.weight")):
+        save_file(tensors | {"model.embed_tokens.weight": other}, bad / "model.safetensors", {"format": "pt"})
+        with pytest.raises(chapter.errors.InputError, match=words):
+            quantize.quantize(bad, "int8", tmp_path / "new")
+        assert not (tmp_path / "new").exists()
 
 
 def test_a_quantized_model_cannot_be_trained(tmp_path, full, text_file, call):
