@@ -119,6 +119,12 @@ static inline Floats spread(const float* p) {
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 12, 13, 14, 15);
 }
 
+static inline float total(Floats x) {
+    float sum = 0;
+    for (int i = 0; i < 8; i++) sum += x[i];
+    return sum;
+}
+
 // R rows of x in integers. In each of 16 lanes of a register lie W weights. So first comes, for each row, what the first weight of
 // every lane is multiplied by, then what the second is. For each chunk and row also the scale of x and, for the eight sums of
 // pairs(), the sums of x.
@@ -187,11 +193,7 @@ static void tile(const uint8_t* w, const float* scale, const float* zero, const 
         scale += 1 + HALVES;
         zero += 1 + HALVES;
     }
-    for (int r = 0; r < R; r++) {
-        float total = 0;
-        for (int i = 0; i < 8; i++) total += totals[r][i];
-        out[r * stride] = (Number)total;
-    }
+    for (int r = 0; r < R; r++) out[r * stride] = (Number)total(totals[r]);
 }
 
 template <int BITS, int CHUNK, bool HALVES, typename Number>
@@ -272,12 +274,6 @@ at::Tensor few_rows_int4(const at::Tensor& x, const at::Tensor& weight, const at
 static inline Floats eight(const float* p) { return load(p); }
 typedef uint16_t Halves __attribute__((vector_size(16), aligned(2)));
 static inline Floats eight(const at::BFloat16* p) { return (Floats)(__builtin_convertvector(*(const Halves*)p, Words) << 16); }
-
-static inline float total(Floats x) {
-    float sum = 0;
-    for (int i = 0; i < 8; i++) sum += x[i];
-    return sum;
-}
 
 // The query heads q (n, K) that share one key and value head, over the L tokens whose keys and values at(t) finds -> out (n, K).
 template <typename Number, typename Place>
