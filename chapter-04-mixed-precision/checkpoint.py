@@ -117,7 +117,8 @@ def load_training_state(folder, optimizer):
             i, key = name.split(".")
             entries.setdefault(int(i), {})[key] = value
         optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-        for group in optimizer.param_groups:
+        # There are no moments yet where fp16 has left out every step.
+        for group in optimizer.param_groups if state["step"] > state.get("skipped", 0) else []:
             for parameter in group["params"]:
                 shape = optimizer.state[parameter]["exp_avg"].shape   # load_state_dict compares no shapes
                 if shape != parameter.shape:

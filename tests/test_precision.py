@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from chapters import TRAINED, expect_error, load_chapter, run_here
+from test_train import assert_same_run
 
 PRECISE = [name for name in TRAINED if hasattr(load_chapter(name), "precision")]
 pytestmark = pytest.mark.parametrize("chapter", PRECISE, indirect=True)
@@ -259,6 +260,29 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(chapter, text_file, t
     state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
     assert state["skipped"] == 3 and state["step"] == 8
     assert all(weight.isfinite().all() for weight in load_file(tmp_path / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("left_out", [range(1, 5), range(1, 7)], ids=["before the resume", "after it too"])
+def test_a_run_whose_steps_were_left_out_resumes_bit_for_bit(left_out, chapter, text_file, tmp_path, monkeypatch):
+    """float16's scale begins too high: the checkpoint after step 4 may know of no step that was taken, and so of no moments."""
+    run = ["--data", text_file, *chapter.quick, "--precision", "fp16"]
+    for out, more in ("whole", [8]), ("resumed", [4]), ("resumed", [8, "--resume"]):
+        steps = [step - 4 for step in left_out] if "--resume" in more else left_out
+        with monkeypatch.context() as patch:
+            patch.setattr(chapter.train, "schedule", lambda progress: 1)   # that of 4 steps is another than that of 8
+            spoil(chapter, patch, steps)
+            run_here(chapter.train, *run, "--out", tmp_path / out, "--steps", *more)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_moments_that_are_missing_are_told(chapter, text_file, tmp_path, call):
+    if "optimizer.safetensors" not in chapter.saved:
+        pytest.skip("test_sharded_checkpoint.py has one of its own")
+    run = ["--data", text_file, *chapter.quick, "--out", tmp_path]
+    run_here(chapter.train, *run, "--steps", 1)
+    path = tmp_path / "checkpoint" / "optimizer.safetensors"
+    save_file({"random_state": load_file(path)["random_state"]}, path)
+    expect_error(call(chapter.train, *run, "--steps", 2, "--resume"), path, "exp_avg")
 
 
 def test_too_many_in_a_row_end_the_run_and_leave_the_checkpoint(chapter, text_file, tmp_path, monkeypatch, call):
