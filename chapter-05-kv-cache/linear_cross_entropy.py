@@ -33,14 +33,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         exact = torch.float32 if x.dtype == torch.float16 else x.dtype
         nats = torch.zeros((), device=x.device)
         dx = torch.empty_like(x, dtype=exact) if with_gradients else None
-        dweight = torch.zeros_like(weight) if with_gradients else None
+        dweight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, exact)) if with_gradients else None
         for start in range(0, len(x), CHUNK):
             chunk, right = x[start:start + CHUNK], targets[start:start + CHUNK, None]    # (C, D), (C, 1)
             counts = right != IGNORE
-            right = right.clamp(min=0)   # an index; what stands there is not counted
             logits = (chunk @ low.mT).float()                                            # (C, V)
             logits.sub_(logits.amax(-1, keepdim=True))   # as in chapter 1's softmax.py, and in the logits' own memory
-            scores = logits.gather(-1, right)                                            # (C, 1)
+            # Where F.cross_entropy raises, so does this: after the clamp below any negative target would be word 0.
+            scores = -F.nll_loss(logits, right[:, 0], ignore_index=IGNORE, reduction="none")[:, None]   # (C, 1)
+            right = right.clamp(min=0)   # an index; what stands there is not counted
             sums = logits.exp_().sum(-1, keepdim=True)                                   # (C, 1)
             nats += ((sums.log() - scores) * counts).sum()
             if with_gradients:
@@ -55,19 +56,21 @@ class LinearCrossEntropy(torch.autograd.Function):
             del logits   # or it would live beside the next chunk's
         if with_gradients:
             ctx.save_for_backward(dx, dweight)
-            ctx.dtype = x.dtype
+            ctx.dtypes = x.dtype, weight.dtype
         return nats
 
     @staticmethod
     def backward(ctx, dnats):
         dx, dweight = ctx.saved_tensors
-        return (dx * dnats).to(ctx.dtype), dweight.mul_(dnats), None, None   # in place: at scale it is half a gigabyte
+        dweight.mul_(dnats)   # in place: at scale it is half a gigabyte
+        return (dx * dnats).to(ctx.dtypes[0]), dweight.to(ctx.dtypes[1]), None, None
 
 
 def linear_cross_entropy(x, weight, targets):
     """Nats over all targets, a scalar: cross_entropy(x @ weight.T, targets, ignore_index=IGNORE, reduction="sum").
 
-    x (T, D), weight (V, D), targets (T,). Holds (C, V) numbers instead of (T, V).
+    x (T, D), weight (V, D), targets (T,). Holds (C, V) numbers instead of (T, V). Raises IndexError where a target
+    is neither a row of weight nor IGNORE; on a GPU, which nobody waits for here, that ends the program.
     """
     # Inside the function autograd is always off; whether anybody wants gradients has to be asked here.
     x, with_gradients = x.to(compute_dtype(x)), torch.is_grad_enabled()

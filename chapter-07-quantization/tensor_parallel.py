@@ -122,7 +122,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         exact = torch.float32 if x.dtype == torch.float16 else x.dtype   # both as in linear_cross_entropy.py
         nats = torch.zeros((), device=x.device)
         dx = torch.empty_like(x, dtype=exact) if with_gradients else None
-        dweight = torch.zeros_like(weight) if with_gradients else None
+        dweight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, exact)) if with_gradients else None
         for start in range(0, len(x), CHUNK):
             chunk, right = x[start:start + CHUNK], targets[start:start + CHUNK, None]   # (C, D), (C, 1)
             counts = right != IGNORE
@@ -149,26 +149,29 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
             del logits
         if with_gradients:
             ctx.save_for_backward(dx, dweight)
-            ctx.dtype = x.dtype
+            ctx.dtypes = x.dtype, weight.dtype
         return nats
 
     @staticmethod
     def backward(ctx, dnats):
         """dx is what this rank's words make of it, one term of a sum: whoever gave x has to take the sum, see below."""
         dx, dweight = ctx.saved_tensors
-        return (dx * dnats).to(ctx.dtype), dweight.mul_(dnats), None, None, None, None
+        dweight.mul_(dnats)
+        return (dx * dnats).to(ctx.dtypes[0]), dweight.to(ctx.dtypes[1]), None, None, None, None
 
 
 class VocabParallelLoss:
     """In the place of linear_cross_entropy in a model: loss(x, weight, targets) -> nats over all targets, the same on each rank.
 
-    x (T, D), with sequence parallelism (T/n, D); weight: this rank's words, (V/n, D), the first of which is number `first`.
+    x (T, D), with sequence parallelism (T/n, D); weight: this rank's words, (V/n, D), the first of which is number `first` of size.
     """
 
-    def __init__(self, first, group, sequence):
-        self.first, self.group, self.enter = first, group, Gather if sequence else Copy
+    def __init__(self, first, size, group, sequence):
+        self.first, self.size, self.group, self.enter = first, size, group, Gather if sequence else Copy
 
     def __call__(self, x, weight, targets):
+        # A target that is no word at all each rank would take for another's. Without memory and without waiting for a GPU:
+        F.nll_loss(x.new_zeros(1).expand(len(targets), self.size), targets, ignore_index=IGNORE, reduction="none")
         x, with_gradients = self.enter.apply(x.to(compute_dtype(x)), self.group), torch.is_grad_enabled()   # (T, D)
         with torch.autocast(x.device.type, enabled=False):
             return VocabParallelCrossEntropy.apply(x, weight, targets, self.first, self.group, with_gradients)
@@ -197,11 +200,12 @@ def split(model, mesh, sequence=True):
     for norm in partial:
         norm.weight.piece.partial = True
     model.model.embed_tokens = VocabParallelEmbedding(model.model.embed_tokens, group, sequence)
-    first, last = vocabulary_part(len(model.lm_head.weight), group)
+    size = len(model.lm_head.weight)
+    first, last = vocabulary_part(size, group)
     if not model.config.tie_word_embeddings:
         model.lm_head.weight = cut(model.lm_head.weight, 0, first, last - first)
     model.tie_weights()
-    model.loss = VocabParallelLoss(first, group, sequence)
+    model.loss = VocabParallelLoss(first, size, group, sequence)
 
 
 @torch.no_grad()

@@ -98,6 +98,35 @@ def test_loss_in_chunks_in_few_bits(chapter, dtype, monkeypatch):
 
 
 @pytest.mark.reaches("linear_cross_entropy")
+@pytest.mark.parametrize("wrong", [-1, -99, -101, 50, 10 ** 6])
+def test_loss_in_chunks_raises_where_the_plain_one_does(chapter, wrong, monkeypatch):
+    monkeypatch.setattr(chapter.linear_cross_entropy, "CHUNK", 16)
+    x, weight, targets = torch.randn(40, 8), torch.randn(50, 8), torch.randint(50, (40,))
+    targets[20] = wrong   # in the second chunk
+    for loss_of in (chapter.linear_cross_entropy.plain, chapter.linear_cross_entropy.linear_cross_entropy):
+        with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+            loss_of(x, weight, targets)
+
+
+@pytest.mark.reaches("linear_cross_entropy")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_loss_in_chunks_of_weights_of_any_dtype(chapter, dtype, tolerance, monkeypatch):
+    """Without autocast: weights, inputs and both gradients of one dtype. A float16 sum over chunks would lose what is small."""
+    monkeypatch.setattr(chapter.linear_cross_entropy, "CHUNK", 4)
+    torch.manual_seed(0)
+    x, weight = torch.randn(400, 32, dtype=dtype), torch.randn(300, 32, dtype=dtype)
+    targets = torch.randint(300, (400,))
+    targets[::7] = -100
+    found, exact = ([loss, *torch.autograd.grad(loss / 400, inputs)] for inputs, loss in (
+        (inputs, loss_of(*inputs, targets)) for loss_of, inputs in (
+            (chapter.linear_cross_entropy.linear_cross_entropy, [x.requires_grad_(), weight.requires_grad_()]),
+            (chapter.linear_cross_entropy.plain, [tensor.detach().double().requires_grad_() for tensor in (x, weight)]))))
+    assert found[1].dtype == found[2].dtype == dtype
+    for ours, right in zip(found, exact):
+        assert (ours - right).norm() <= tolerance * right.norm(), (ours - right).norm() / right.norm()
+
+
+@pytest.mark.reaches("linear_cross_entropy")
 def test_loss_script_runs(chapter):
     assert "gradients differ" in run_here(chapter.linear_cross_entropy)
 

@@ -111,6 +111,42 @@ def test_as_far_from_float32_as_one_process_is(ranks, precision, sequence):
         assert error < 3 * error_of_one + 1e-4, f"{name} is off by {error:.1e}, in one process by {error_of_one:.1e}"
 
 
+def loss_alone(chapter, dtype, wrong):
+    """The loss over a table that is cut, with one target that is no word or, where wrong is None, none: what it raises, or (loss, dx, dweight)."""
+    mesh = chapter.parallel.make_mesh(tp=2)
+    chapter.tensor_parallel.CHUNK = 4
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(40, 8, dtype=dtype), torch.randn(61, 8, dtype=dtype), torch.randint(61, (40,))
+    targets[::7] = chapter.data.IGNORE
+    first, last = chapter.tensor_parallel.vocabulary_part(61, mesh.tp)
+    part, x = weight[first:last].clone().requires_grad_(), x.requires_grad_()
+    loss_of = chapter.tensor_parallel.VocabParallelLoss(first, 61, mesh.tp, sequence=False)
+    if wrong is not None:
+        targets[5] = wrong
+        try:
+            return loss_of(x, part, targets).item()
+        except IndexError as error:
+            return str(error)
+    loss = loss_of(x, part, targets)
+    (loss / 40).backward()
+    exact = [x.detach().double().requires_grad_(), weight.double().requires_grad_()]
+    right = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum")
+    (right / 40).backward()
+    return [(ours.double() - theirs).norm().item() / theirs.norm().item() for ours, theirs in (
+        (loss.detach(), right.detach()), (x.grad, exact[0].grad), (part.grad, exact[1].grad[first:last]))]
+
+
+@pytest.mark.parametrize("wrong", (-1, -101, 61))
+def test_a_target_that_is_no_word_is_an_error_on_all_ranks(ranks, wrong):
+    assert ranks(2, loss_alone, torch.float32, wrong) == [f"Target {wrong} is out of bounds."] * 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_the_loss_over_weights_of_any_dtype(ranks, dtype, tolerance):
+    for errors in ranks(2, loss_alone, dtype, None):
+        assert max(errors) < tolerance, errors
+
+
 @both
 @pytest.mark.parametrize("tp", (2, 4))
 def test_bytes_are_those_of_the_formula(ranks, tp, sequence):
