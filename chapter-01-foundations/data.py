@@ -17,7 +17,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from bpe_from_scratch import SPLIT_PATTERN, train_bpe, valid_unicode
+from bpe_from_scratch import PIECES, SPLIT_PATTERN, train_bpe, valid_unicode
 from errors import InputError
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -162,14 +162,21 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, tokens):
         super().__init__(tokens)
-        self.encode = tiktoken.Encoding(
+        self.encoding = tiktoken.Encoding(
             "chapter-01", pat_str=SPLIT_PATTERN, mergeable_ranks={token: i for i, token in enumerate(tokens)},
-            special_tokens={}).encode_ordinary
+            special_tokens={})
 
     @classmethod
     def train(cls, documents, vocab_size):
         ranks = train_bpe(documents, vocab_size - 256 - 2)   # 256 bytes and 2 special tokens need no merge
         return cls(sorted(ranks, key=ranks.get))
+
+    def encode(self, text):
+        try:
+            return self.encoding.encode(text, disallowed_special=())
+        except ValueError:   # a million white spaces in a row are too many for tiktoken to split, though not to merge
+            pieces = PIECES.findall(valid_unicode(text))
+            return [i for piece in pieces for i in self.encoding._encode_single_piece(piece)]
 
 
 def load_tokenizer(path):

@@ -93,17 +93,19 @@ def merge_in_place(word, token):
 
     Yields (candidate, +1 or -1) for each candidate that thereby comes or goes beside them.
     """
-    i = 0
-    while i < len(word) - 1:
-        if word[i] + word[i + 1] == token:
-            if i > 0:
-                yield word[i - 1] + word[i], -1
-                yield word[i - 1] + token, +1
+    i = done = 0   # word[:done] is what word[:i] becomes: a deletion each time would move the rest of the word each time
+    while i < len(word):
+        merges = i + 1 < len(word) and word[i] + word[i + 1] == token
+        if merges:
+            if done > 0:
+                yield word[done - 1] + word[i], -1
+                yield word[done - 1] + token, +1
             if i + 2 < len(word):
                 yield word[i + 1] + word[i + 2], -1
                 yield token + word[i + 2], +1
-            word[i:i + 2] = [token]
-        i += 1
+        word[done] = token if merges else word[i]
+        i, done = i + 1 + merges, done + 1
+    del word[done:]
 
 
 # ----------------------------------------------------------------------------------------- encode and decode

@@ -4,13 +4,15 @@ A tokenizer is data, not code: a regular expression that cuts text into pieces, 
 tokens. A Hugging Face folder keeps all of it in tokenizer.json (or the merges in vocab.json and merges.txt). tiktoken needs
 the same three things, and is several times as fast. Equality with `transformers` is proven in tests/test_qwen_tokenizer.py.
 """
+import functools
 import json
 import unicodedata
 from pathlib import Path
 
+import regex
 import tiktoken
 
-from bpe_from_scratch import SPLIT_PATTERN, train_bpe
+from bpe_from_scratch import SPLIT_PATTERN, merge_in_place, train_bpe, valid_unicode
 from errors import InputError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -37,15 +39,18 @@ class Tokenizer:
     """Text <-> token ids, and conversations -> token ids.
 
     ranks: {bytes of an ordinary token: id}; special_tokens: {text: id}; marks: those of them that a text may contain, such
-    as <think>. Text is brought to Unicode's NFC form first, as Qwen's tokenizer does: an e with an accent is one
-    character, however the file writes it.
+    as <think>. The text between them is brought to Unicode's NFC form first, as Qwen's tokenizer does: an e with an accent is
+    one character, however the file writes it. merges: of each token that is more than a byte, oldest first, its two parts as
+    tokenizer.json writes them; where they are not known they are found when they are needed.
     """
 
-    def __init__(self, ranks, special_tokens, marks=frozenset(), pattern=SPLIT_PATTERN):
+    def __init__(self, ranks, special_tokens, marks=frozenset(), pattern=SPLIT_PATTERN, merges=None):
         missing = [token for token in SPECIAL_TOKENS if token not in special_tokens]
         if missing:
             raise InputError(f"the tokenizer lacks the special tokens {', '.join(missing)}")
-        self.ranks, self.special_tokens, self.marks, self.pattern = ranks, special_tokens, marks, pattern
+        self.ranks, self.special_tokens, self.marks, self.pattern, self.merges = ranks, special_tokens, marks, pattern, merges
+        # Of two marks that begin alike the longer one counts. (?!) matches nowhere.
+        self.mark_pattern = regex.compile(f"({'|'.join(map(regex.escape, sorted(marks, key=len, reverse=True))) or '(?!)'})")
         self.encoding = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
         self.end_of_text, self.start_of_turn, self.end_of_turn = (special_tokens[token] for token in SPECIAL_TOKENS)
         self.vocab_size = self.encoding.n_vocab
@@ -63,7 +68,17 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of a text. A special token's name in it stays text, but for marks: nobody can end a turn by typing so."""
-        return self.encoding.encode(unicodedata.normalize("NFC", text), allowed_special=self.marks, disallowed_special=())
+        ids = []
+        for part in self.mark_pattern.split(text):   # before NFC, which makes one character of > and a stroke after it
+            ids += [self.special_tokens[part]] if part in self.marks else self.encode_ordinary(unicodedata.normalize("NFC", part))
+        return ids
+
+    def encode_ordinary(self, text):
+        try:
+            return self.encoding.encode(text, disallowed_special=())
+        except ValueError:   # a million white spaces in a row are too many for tiktoken to split, though not to merge
+            pieces = regex.findall(self.pattern, valid_unicode(text))
+            return [i for piece in pieces for i in self.encoding._encode_single_piece(piece)]
 
     def encode_conversation(self, messages, answer=False):
         """Messages [{"role": ..., "content": ...}, ...] -> (ids, counts): Qwen's chat format, and which ids are learned.
@@ -91,12 +106,13 @@ class Tokenizer:
         # A token may end in the middle of a UTF-8 character, so join the bytes before decoding them.
         return b"".join(self.tokens[i] for i in ids).decode(errors="replace")
 
-    def save(self, folder):
-        """Write tokenizer.json and tokenizer_config.json, which `transformers` opens as a Qwen2Tokenizer."""
+    @functools.cached_property
+    def contents(self):
+        """The text of tokenizer.json. It never changes, so it is made once, not for each checkpoint."""
         special = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
                     "special": text not in self.marks} for text, i in self.special_tokens.items()]
-        merges = [[to_characters(part) for part in last_merge(token, self.ranks)]
-                  for token in sorted(self.ranks, key=self.ranks.get) if len(token) > 1]
+        merges = self.merges or [[to_characters(part) for part in last_merge(token, self.ranks)]
+                                 for token in sorted(self.ranks, key=self.ranks.get) if len(token) > 1]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
@@ -106,7 +122,11 @@ class Tokenizer:
                     "normalizer": {"type": "NFC"},
                     "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
                     "post_processor": None, "decoder": byte_level, "model": model}
-        (Path(folder) / "tokenizer.json").write_text(json.dumps(contents, ensure_ascii=False), encoding="utf-8")
+        return json.dumps(contents, ensure_ascii=False)
+
+    def save(self, folder):
+        """Write tokenizer.json and tokenizer_config.json, which `transformers` opens as a Qwen2Tokenizer."""
+        (Path(folder) / "tokenizer.json").write_text(self.contents, encoding="utf-8")
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps({
             "tokenizer_class": "Qwen2Tokenizer", "eos_token": SPECIAL_TOKENS[0], "pad_token": SPECIAL_TOKENS[0],
             "chat_template": CHAT_TEMPLATE}, indent=2))
@@ -124,8 +144,8 @@ def last_merge(token, ranks):
     """The two tokens whose merge made this one: what is left of its bytes before the last of the older merges."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        oldest = min((left + right for left, right in zip(parts, parts[1:])), key=lambda pair: ranks.get(pair, len(ranks)))
+        list(merge_in_place(parts, oldest))   # all of them at once: no token is older than its parts
     return parts
 
 
@@ -151,7 +171,7 @@ def read_tokenizer_json(path):
         raise InputError(f"{path} is not of Qwen's kind: byte-level BPE after one regular expression, on NFC text")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     added = {token["id"]: token for token in contents["added_tokens"]}
-    return Tokenizer(check_ranks(model["vocab"], merges, added, path), *special_tokens_and_marks(added), patterns[0])
+    return Tokenizer(check_ranks(model["vocab"], merges, added, path), *special_tokens_and_marks(added), patterns[0], merges)
 
 
 def read_vocab_and_merges(folder):
@@ -159,7 +179,7 @@ def read_vocab_and_merges(folder):
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    return Tokenizer(check_ranks(vocab, merges, added, folder / "vocab.json"), *special_tokens_and_marks(added))
+    return Tokenizer(check_ranks(vocab, merges, added, folder / "vocab.json"), *special_tokens_and_marks(added), merges=merges)
 
 
 def special_tokens_and_marks(added):

@@ -1,4 +1,5 @@
 """bpe_from_scratch.py against the textbook's algorithm and against tiktoken, and the scripts as a reader runs them."""
+import itertools
 import json
 import os
 import random
@@ -133,6 +134,24 @@ def test_equals_tiktoken_for_ranks_that_no_training_gives():
         encoding = to_tiktoken(ranks)
         for text in [token.decode() for token in tokens] + ["".join(dice.choices("abc ", k=60))]:
             assert_same(text, ranks, encoding)
+
+
+@pytest.mark.parametrize("run", [" ", "\t", "\n", "\r\n", "\u00a0", "\u3000", " \n", "a", "7", "-="], ids=ascii)
+def test_a_million_of_anything(run, hard_ranks):
+    """tiktoken refuses to split a million white spaces. What is split by regex instead gives the same ids where both can."""
+    tokenizer = chapter1.data.BPETokenizer(list(hard_ranks))
+    for before, after in itertools.product(("", "x", " ", "!\ud83d"), ("", "x", "\nx")):
+        text = before + run * (3_000 // len(run)) + after
+        pieces = bpe.PIECES.findall(bpe.valid_unicode(text))
+        assert tokenizer.encode(text) == [i for piece in pieces for i in tokenizer.encoding._encode_single_piece(piece)]
+    text = "x" + run * (1_100_000 // len(run)) + "x"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("run", [" ", "ab"])
+def test_training_on_a_word_of_a_million_letters(run):
+    ranks = bpe.train_bpe([run * (1_000_000 // len(run))], 1000)
+    assert list(ranks)[256] == (2 * run.encode())[:2] and len(list(ranks)[-1]) == 2 ** 19
 
 
 def test_split_pattern_is_that_of_gpt2():

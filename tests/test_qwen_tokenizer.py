@@ -1,5 +1,7 @@
 """Chapter 2's tokenizer: the files of a checkpoint folder, through tiktoken, give the ids that `transformers` gives."""
+import itertools
 import json
+import shutil
 import unicodedata
 
 import pytest
@@ -26,6 +28,14 @@ def folder(tokenizer, tmp_path_factory):
     tokenizer.save(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def marked(tokenizer):
+    """A tokenizer with tokens that a text may contain; one of them begins like another."""
+    marks = ["<think>", "</think>", "<tool", "<tool_call>"]
+    special = tokenizer.special_tokens | {mark: tokenizer.vocab_size + i for i, mark in enumerate(marks)}
+    return chapter2.tokenizer.Tokenizer(tokenizer.ranks, special, frozenset(marks))
 
 
 def plain(tokenizer, text):
@@ -79,13 +89,83 @@ def test_ids_that_cannot_be_are_named(tokenizer, tmp_path, vocab):
         chapter2.tokenizer.load_tokenizer(tmp_path)
 
 
-def test_marks_in_a_text_become_their_tokens(tokenizer, tmp_path):
-    special = tokenizer.special_tokens | {"<think>": tokenizer.vocab_size, "</think>": tokenizer.vocab_size + 1}
-    marked = chapter2.tokenizer.Tokenizer(tokenizer.ranks, special, frozenset({"<think>", "</think>"}))
+def test_marks_in_a_text_become_their_tokens(marked, folder, tmp_path):
+    """Before the text between them is normalized: a stroke after > would make one character of the two."""
     marked.save(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}))
-    text = "<think>\nwell, </think>\n\nyes <think>"
-    ids = AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
-    assert special["</think>"] in ids
-    for tokenizer in (marked, chapter2.tokenizer.load_tokenizer(tmp_path)):
-        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
+    shutil.copy(folder / "config.json", tmp_path)
+    theirs, loaded = AutoTokenizer.from_pretrained(tmp_path), chapter2.tokenizer.load_tokenizer(tmp_path)
+    combining = ["", "\u0338", "\u0301\u0323", "\u20e3", "\u3099", "\u1161", " ", "\n"]
+    texts = ["<think>\nwell, </think>\n\nyes <think>", "<tool_call><tool_calls><tool>", "<think\u0338>"]
+    texts += [before + mark + after + mark for mark in (*marked.marks, "<|im_end|>", "<|endoftext|>") for after in combining
+              for before in ("", "e", "\u0301", "\u1100")]
+    for text in texts:
+        ids = plain(theirs, text)
+        assert marked.encode(text) == ids and loaded.encode(text) == ids, text
+    assert marked.special_tokens["</think>"] in marked.encode("</think>\u0338")
+    assert marked.decode(marked.encode(texts[0])) == texts[0]
+
+
+# ------------------------------------------------------------------------------------------------ very long words
+
+RUNS = [" ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u2028", " \n", "\u00a0 ", "\t\u3000", "a", "1", "!", "-=", "e\u0301", "\u0301", "🙂"]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=ascii)
+def test_a_long_run_of_anything_is_what_transformers_makes_of_it(marked, tokenizer, folder, run, monkeypatch):
+    """As long as both can; a million after that. What tiktoken refuses is split here, so that is tried at both lengths."""
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for before, after in itertools.product(("", "x", "!", "\n "), ("", "x", "\nx", " ", "\u0338")):
+        text = before + run * (3_000 // len(run)) + after
+        expected = plain(theirs, text)
+        assert tokenizer.encode(text) == expected
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "encoding", Refuses(tokenizer.encoding))
+            assert tokenizer.encode(text) == expected
+    text = "x</think>" + run * (1_100_000 // len(run)) + "x"
+    assert marked.decode(marked.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+class Refuses:
+    """tiktoken's Encoding, for which every text is too long to split."""
+
+    def __init__(self, encoding):
+        self._encode_single_piece = encoding._encode_single_piece
+
+    def encode(self, *_, **__):
+        raise ValueError("Max stack size exceeded for backtracking")
+
+
+def test_half_a_character_before_a_million_spaces(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud83d" + " " * 1_100_000)) == "a\ufffd" + " " * 1_100_000
+
+
+@pytest.mark.parametrize("run", [" ", "ab", "\n"], ids=ascii)
+def test_training_on_a_word_of_a_hundred_thousand_letters(run, tmp_path):
+    """Merges of such words are as long as the words: nothing may look at every pair of their letters."""
+    text = run * (100_000 // len(run))
+    tokenizer = chapter2.tokenizer.Tokenizer.train([text, "x" + text + "y"], 400)
+    tokenizer.save(tmp_path)
+    assert max(map(len, tokenizer.ranks)) > 50_000
+    assert len(chapter2.tokenizer.load_tokenizer(tmp_path).encode(text)) == len(tokenizer.encode(text)) < 30
+
+
+# ------------------------------------------------------------------------------------------------ what is saved
+
+def test_what_never_changes_is_computed_once(tokenizer, folder, tmp_path, monkeypatch):
+    """Not for each checkpoint; and the merges of a file, 151,387 for Qwen, not even once."""
+    trained = chapter2.tokenizer.Tokenizer(tokenizer.ranks, tokenizer.special_tokens)
+    trained.save(tmp_path)
+    loaded = chapter2.tokenizer.load_tokenizer(folder)
+    monkeypatch.setattr(chapter2.tokenizer, "last_merge", None)   # cannot be called
+    for again in (trained, loaded):
+        again.save(tmp_path)
+        assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_merges_of_long_tokens_are_those_of_the_training(tokenizer):
+    """Each token is, by the merges before it, two tokens, and with its own merge it is one."""
+    for token, rank in tokenizer.ranks.items():
+        if len(token) > 1:
+            older = {other: i for other, i in tokenizer.ranks.items() if i < rank}
+            parts = [older[part] for part in chapter2.tokenizer.last_merge(token, tokenizer.ranks)]
+            assert chapter2.bpe_from_scratch.encode_piece(token, older) == parts and len(parts) == 2
