@@ -376,9 +376,12 @@ def read_tensor(path, name, device, dtype):
             tensor = file.get_tensor(name)
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 raise InputError(f"{path}: {name} is {tensor.dtype}; this model computes with 16 bits or more, no integers")
-            return tensor.to(device, dtype or tensor.dtype, copy=True)
+            tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file, {name} cannot be read: {error}") from None
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():   # no mask as large as the tensor
+        raise InputError(f"{path}: {name} holds nan or inf: its training diverged, or the file is damaged")
+    return tensor
 
 
 def load_pretrained(dir_or_hub_id, device="cpu", dtype=None):

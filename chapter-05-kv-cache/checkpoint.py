@@ -137,12 +137,16 @@ def read_metadata(path):
 
 
 def read_tensors(path):
-    """(tensors, metadata) of a safetensors file; a truncated or foreign file is an InputError."""
+    """(tensors, metadata) of a safetensors file; a truncated or foreign file, or one with nan in it, is an InputError."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():   # no mask as large as the tensor
+            raise InputError(f"{path}: {name} holds nan or inf: its training diverged, or the file is damaged")
+    return tensors, metadata
 
 
 def sha256(path):

@@ -249,7 +249,7 @@ def read(folder, tensors, process_group=None):
     except CheckpointException as failed:
         error = first_error(failed)
         if isinstance(error, ValueError):
-            raise InputError(f"{folder} does not fit this model: {error}") from None
+            raise InputError(f"{folder}: {error}") from None
         raise
 
 
@@ -285,6 +285,11 @@ class Load(DefaultLoadPlanner):
 
     def lookup_tensor(self, index):
         return self.state_dict[index.fqn].tensor
+
+    def commit_tensor(self, item, tensor):
+        """What has been read, now in its place. From here, not after the load, DCP tells all ranks."""
+        if not tensor.isfinite().all():
+            raise ValueError(f"{item.dest_index.fqn} holds nan or inf; its training diverged, or the file is damaged")
 
 
 # ------------------------------------------------------------------------------------------- one model again

@@ -442,9 +442,12 @@ def read_tensor(path, name, device, dtype, rows=None):
             wanted = FLOATS if dtype in (None, *FLOATS) else (dtype,)
             if tensor.dtype not in wanted:
                 raise InputError(f"{path}: {name} is {tensor.dtype}; this model wants {' or '.join(map(str, wanted))} there")
-            return tensor.to(device, dtype or tensor.dtype, copy=True)
+            tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
     except (OSError, SafetensorError, IndexError) as error:   # the last: a slice of a single number
         raise InputError(f"{path} is damaged or not a safetensors file, {name} cannot be read: {error}") from None
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():   # no mask as large as the tensor
+        raise InputError(f"{path}: {name} holds nan or inf: its training diverged, or the file is damaged")
+    return tensor
 
 
 def load_pretrained(dir_or_hub_id, device="cpu", dtype=None):

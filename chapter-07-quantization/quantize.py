@@ -158,8 +158,6 @@ class FullModel:
         if tensor.shape != expected:
             part = f" from row {rows.start} on" if rows.start else ""
             raise InputError(f"{self.files[name]}: {name}{part} is {tuple(tensor.shape)}, config.json says {tuple(expected)}")
-        if not tensor.isfinite().all():
-            raise InputError(f"{self.files[name]}: {name} holds nan or inf: its training diverged")
         return tensor
 
     def read_in_parts(self, name):

@@ -193,6 +193,33 @@ def test_weights_that_are_missing_or_too_many(chapter, change, out, call):
                  "model.extra" if change == "extra" else "model.norm.weight")
 
 
+def spoil(path, number):
+    """Put one number into the last tensor of floats of a file; returns the tensor's name."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    name = [name for name in sorted(tensors) if tensors[name].is_floating_point()][-1]
+    tensors[name].view(-1)[-1] = number
+    save_file(tensors, path, metadata=metadata)
+    return name
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(chapter, number, out, text_file, call):
+    """Found when they are read, not after twenty steps by their gradients: by generate.py, --init, --resume."""
+    run = ["--data", text_file, *chapter.quick, "--steps", 4]
+    for name in [name for name in chapter.saved if name.endswith(".safetensors")]:   # weights, and the optimizer's moments
+        whole = (out / "checkpoint" / name).read_bytes()
+        tensor = spoil(out / "checkpoint" / name, number)
+        expect_error(call(chapter.train, *run, "--out", out, "--resume"), "checkpoint", tensor, "nan or inf")
+        (out / "checkpoint" / name).write_bytes(whole)
+    tensor = spoil(out / "model.safetensors", number)
+    expect_error(call(chapter.generate, "a", "--checkpoint", out), "model.safetensors", tensor, "nan or inf")
+    if chapter is not chapter1:
+        expect_error(call(chapter.train, *run, "--init", out, "--out", out / "new"), "model.safetensors", tensor, "nan or inf")
+        assert not (out / "new" / "checkpoint").exists()
+
+
 def test_a_prompt_with_unknown_characters(tmp_path, text_file, call):
     run_here(chapter1.train, "--data", text_file, "--tokenizer", "char", "--steps", 1, "--out", tmp_path)
     expect_error(call(chapter1.generate, "ROMEO: \u20ac\u00fc", "--checkpoint", tmp_path), "\u20ac", "\u00fc")

@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import resource
+import struct
 import subprocess
 import sys
 import zlib
@@ -374,14 +375,23 @@ def of_another(folder):
     files[1].write_bytes(files[0].read_bytes())
 
 
+def spoil(folder):
+    """One number, the first after the header of a file: floats come before bytes there."""
+    path = sorted(folder.glob("*.safetensors"))[1]
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(data[:start] + struct.pack("f", float("nan")) + data[start + 4:])
+
+
 DAMAGES = {
     "shorten": shorten,
     "lose": lambda folder: sorted(folder.glob("*.safetensors"))[2].unlink(),
     "confuse": of_another,
     "state": lambda folder: (folder / "state.json").write_text("{"),
+    "spoil": spoil,
     "plain": lambda folder: (folder / "state.json").write_text('{"step": 3}'),
 }
-EXPECTED = {"shorten": "shard-00003-", "lose": "shard-00003-", "confuse": "numbers of", "state": "state.json",
+EXPECTED = {"shorten": "shard-00003-", "lose": "shard-00003-", "confuse": "numbers of", "state": "state.json", "spoil": "nan or inf",
             "plain": "sharded"}
 
 
