@@ -53,6 +53,7 @@ class Tokenizer:
         self.mark_pattern = regex.compile(f"({'|'.join(map(regex.escape, sorted(marks, key=len, reverse=True))) or '(?!)'})")
         self.encoding = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
         self.end_of_text, self.start_of_turn, self.end_of_turn = (special_tokens[token] for token in SPECIAL_TOKENS)
+        self.eos_token = SPECIAL_TOKENS[0]   # what programs that know one end only are told to stop at: see save()
         self.vocab_size = self.encoding.n_vocab
         self.tokens = [b""] * self.vocab_size   # what each id writes; most special tokens write nothing
         for token, i in ranks.items():
@@ -128,7 +129,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which `transformers` opens as a Qwen2Tokenizer."""
         (Path(folder) / "tokenizer.json").write_text(self.contents, encoding="utf-8")
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "Qwen2Tokenizer", "eos_token": SPECIAL_TOKENS[0], "pad_token": SPECIAL_TOKENS[0],
+            "tokenizer_class": "Qwen2Tokenizer", "eos_token": self.eos_token, "pad_token": SPECIAL_TOKENS[0],
             "chat_template": CHAT_TEMPLATE}, indent=2))
 
 
@@ -154,13 +155,15 @@ def load_tokenizer(folder):
     folder = Path(folder)
     one_file = (folder / "tokenizer.json").is_file()
     try:
-        return read_tokenizer_json(folder / "tokenizer.json") if one_file else read_vocab_and_merges(folder)
+        tokenizer = read_tokenizer_json(folder / "tokenizer.json") if one_file else read_vocab_and_merges(folder)
+        tokenizer.eos_token = read_eos_token(folder / "tokenizer_config.json")
+        return tokenizer
     except OSError as error:
         raise InputError(f"{folder} has neither tokenizer.json nor vocab.json and its companions:"
                          f" {Path(error.filename).name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        names = "tokenizer.json" if one_file else "vocab.json, merges.txt or tokenizer_config.json"
-        raise InputError(f"{folder}: {names} is damaged or of another kind: {error!r}") from None
+        names = "tokenizer.json or" if one_file else "vocab.json, merges.txt or"
+        raise InputError(f"{folder}: {names} tokenizer_config.json is damaged or of another kind: {error!r}") from None
 
 
 def read_tokenizer_json(path):
@@ -180,6 +183,12 @@ def read_vocab_and_merges(folder):
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     return Tokenizer(check_ranks(vocab, merges, added, folder / "vocab.json"), *special_tokens_and_marks(added), merges=merges)
+
+
+def read_eos_token(path):
+    """The end that tokenizer_config.json names, as a text or as the description of a token."""
+    saved = json.loads(path.read_text(encoding="utf-8")).get("eos_token") if path.is_file() else None
+    return saved["content"] if isinstance(saved, dict) else saved or SPECIAL_TOKENS[0]
 
 
 def special_tokens_and_marks(added):

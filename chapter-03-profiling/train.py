@@ -156,11 +156,15 @@ def peak_memory(device):
 def start_afresh(arguments, train_documents, device):
     """Pretrained weights and their tokenizer, or a new tokenizer and a new model for it."""
     if arguments.init:
-        return load_model(arguments.init, device, torch.float32)
-    preset = CONFIGS[arguments.config]
-    tokenizer = Tokenizer.train(list(map(learned_text, train_documents)), preset.vocab_size)
-    config = replace(preset, vocab_size=tokenizer.vocab_size, eos_token_id=[tokenizer.end_of_text, tokenizer.end_of_turn])
-    return Transformer(config).to(device), tokenizer
+        model, tokenizer = load_model(arguments.init, device, torch.float32)
+    else:
+        preset = CONFIGS[arguments.config]
+        tokenizer = Tokenizer.train(list(map(learned_text, train_documents)), preset.vocab_size)
+        config = replace(preset, vocab_size=tokenizer.vocab_size, eos_token_id=[tokenizer.end_of_text, tokenizer.end_of_turn])
+        model = Transformer(config).to(device)
+    if not all(isinstance(document, str) for document in train_documents):
+        tokenizer.eos_token = "<|im_end|>"   # whoever opens the folder is to stop where the user's turn begins
+    return model, tokenizer
 
 
 def check_settings(settings, saved, out):

@@ -23,12 +23,13 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.8, top_
     """Yield up to max_new_tokens token ids, each sampled given the prompt and those before it.
 
     An end-of-text token does not end the stream: what follows it is a new document, written with an empty context.
-    The end of a turn does: after it, it is the user's turn.
+    The end of a turn does: after it, it is the user's turn. An answer to a turn ends at either, as Qwen's own configuration says.
     """
     model.eval()
     device = next(model.parameters()).device
     dice = torch.Generator().manual_seed(seed)   # of our own, so that sampling leaves the random state of training alone
     context = list(prompt_ids)
+    ends = {tokenizer.end_of_turn, tokenizer.end_of_text} if tokenizer.end_of_turn in context else {tokenizer.end_of_turn}
     for _ in range(max_new_tokens):
         window = context[-model.config.max_position_embeddings:]   # never trained on more: older tokens drop out
         batch = packed_sequence_collate_fn([(window, window)]).to(device)
@@ -37,7 +38,7 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.8, top_
         if logits.isnan().any():
             raise InputError("the model answers nan instead of scores: its training diverged, or its weights are damaged")
         token = sample(logits, temperature, top_k, top_p, dice)
-        if token == tokenizer.end_of_turn:
+        if token in ends:
             return
         context = [token] if token == tokenizer.end_of_text else context + [token]
         yield token

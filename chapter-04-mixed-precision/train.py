@@ -158,11 +158,15 @@ def start_afresh(arguments, train_documents, device):
     """Pretrained weights and their tokenizer, or a new tokenizer and a new model for it."""
     dtype = torch.bfloat16 if arguments.precision == "bf16-pure" else torch.float32
     if arguments.init:
-        return load_model(arguments.init, device, dtype)
-    preset = CONFIGS[arguments.config]
-    tokenizer = Tokenizer.train(list(map(learned_text, train_documents)), preset.vocab_size)
-    config = replace(preset, vocab_size=tokenizer.vocab_size, eos_token_id=[tokenizer.end_of_text, tokenizer.end_of_turn])
-    return Transformer(config).to(device, dtype), tokenizer
+        model, tokenizer = load_model(arguments.init, device, dtype)
+    else:
+        preset = CONFIGS[arguments.config]
+        tokenizer = Tokenizer.train(list(map(learned_text, train_documents)), preset.vocab_size)
+        config = replace(preset, vocab_size=tokenizer.vocab_size, eos_token_id=[tokenizer.end_of_text, tokenizer.end_of_turn])
+        model = Transformer(config).to(device, dtype)
+    if not all(isinstance(document, str) for document in train_documents):
+        tokenizer.eos_token = "<|im_end|>"   # whoever opens the folder is to stop where the user's turn begins
+    return model, tokenizer
 
 
 def check_settings(settings, saved, out):

@@ -50,7 +50,8 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, cached=True, forward=
     """Yield up to max_new_tokens token ids, each sampled given the prompt and those before it.
 
     An end-of-text token does not end the stream: what follows it is a new document, written with an empty context.
-    The end of a turn does: after it, it is the user's turn. sampling: the fields of Sampling.
+    The end of a turn does: after it, it is the user's turn. An answer to a turn ends at either, as Qwen's own configuration says.
+    sampling: the fields of Sampling.
     """
     for step in generate_batch(model, tokenizer, [prompt_ids], max_new_tokens, Sampling(**sampling), cached, forward):
         yield from step.values()
@@ -67,6 +68,7 @@ def generate_batch(model, tokenizer, prompts, max_new_tokens, sampling=Sampling(
     # Of our own, so that sampling leaves the random state of training alone; one each, so that no text disturbs another.
     dice = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
     contexts = dict(enumerate(map(list, prompts)))
+    answers = {row for row, context in contexts.items() if tokenizer.end_of_turn in context}   # each to a turn
     row_length = min(limit, max(map(len, prompts)) + max_new_tokens)
     cache = ContiguousCache(model.config, len(prompts), row_length, weight.device, weight.dtype) if cached else None
     for _ in range(max_new_tokens):
@@ -75,7 +77,7 @@ def generate_batch(model, tokenizer, prompts, max_new_tokens, sampling=Sampling(
         answered = {}
         for row, logits in zip(windows, last_logits(model, windows, cache, forward).float().cpu()):
             token = next_token(logits, windows[row], tokenizer, sampling, dice[row])
-            if token == tokenizer.end_of_turn:
+            if token == tokenizer.end_of_turn or token == tokenizer.end_of_text and row in answers:
                 del contexts[row]
                 continue
             contexts[row] = [token] if token == tokenizer.end_of_text else contexts[row] + [token]

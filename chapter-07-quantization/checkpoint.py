@@ -71,6 +71,8 @@ def load_model(dir_or_hub_id, device="cpu", dtype=None):
     trained_with = read_metadata(folder / "model.safetensors").get("tokenizer")
     if trained_with and (folder / "tokenizer.json").is_file() and trained_with != sha256(folder / "tokenizer.json"):
         raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than tokenizer.json holds")
+    # Qwen's config.json names one end, and only its generation_config.json both. A folder saved from here has but the first.
+    model.config.eos_token_id = [tokenizer.end_of_text, tokenizer.end_of_turn]
     return model, tokenizer
 
 

@@ -254,6 +254,7 @@ def quantize(checkpoint, method, out, group=None, asymmetric=False, documents=()
     folder, out = checkpoint_folder(checkpoint), Path(out)
     check_folders(folder, out)
     config, tokenizer = read_config(folder / "config.json"), load_tokenizer(folder)
+    config.eos_token_id = [tokenizer.end_of_text, tokenizer.end_of_turn]   # as in load_model
     if config.quantization_config:
         raise InputError(f"{folder} is quantized already ({config.quantization_config.get('method')}); quantize the model it was made of")
     if config.num_experts and METHODS[method].rescale:

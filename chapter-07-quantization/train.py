@@ -195,11 +195,14 @@ def start_afresh(arguments, train_documents, device):
         model, tokenizer = load_model(arguments.init, device, dtype)
         if model.config.quantization_config:
             raise InputError(f"--init {arguments.init} is quantized, and integers cannot be trained; start from the model it was made of")
-        return model, tokenizer
-    preset = CONFIGS[arguments.config]
-    tokenizer = Tokenizer.train(list(map(learned_text, train_documents)), preset.vocab_size)
-    config = replace(preset, vocab_size=tokenizer.vocab_size, eos_token_id=[tokenizer.end_of_text, tokenizer.end_of_turn])
-    return Transformer(config).to(device, dtype), tokenizer
+    else:
+        preset = CONFIGS[arguments.config]
+        tokenizer = Tokenizer.train(list(map(learned_text, train_documents)), preset.vocab_size)
+        config = replace(preset, vocab_size=tokenizer.vocab_size, eos_token_id=[tokenizer.end_of_text, tokenizer.end_of_turn])
+        model = Transformer(config).to(device, dtype)
+    if not all(isinstance(document, str) for document in train_documents):
+        tokenizer.eos_token = "<|im_end|>"   # whoever opens the folder is to stop where the user's turn begins
+    return model, tokenizer
 
 
 def check_settings(settings, saved, out):

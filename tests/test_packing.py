@@ -2,6 +2,7 @@
 import itertools
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -252,6 +253,59 @@ def test_chat_answers_and_stops_at_the_end_of_the_turn(chapter, chat, call):
             0, f"{word}\n", "")
 
 
+def test_an_answer_ends_at_the_end_of_a_text_too(chapter, chat, call, monkeypatch, tmp_path):
+    """As Qwen's generation_config.json says. A text goes on after it, with the next one."""
+    model, tokenizer = chapter.checkpoint.load_model(chat[0])
+    fool, = tokenizer.encode("f")
+    drawn = []
+
+    def sample(logits, *_, **__):
+        drawn.append(fool if len(drawn) % 3 else tokenizer.end_of_text)
+        return drawn[-1]
+    monkeypatch.setattr(chapter.generate, "sample", sample)
+    flags = ("--checkpoint", chat[0], "--max-new-tokens", 7)
+
+    def printed(*arguments):
+        drawn[:] = [fool]   # the first of three has been drawn
+        status, out, err = call(chapter.generate, *arguments, *flags)
+        assert status == 0, err
+        return out
+    assert printed("--chat", "speak softly: fool") == "ff\n"
+    assert printed("speak") == "speakff\n\nff\n\nf\n"
+    drawn[:] = [fool]
+    question = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "x"}]
+    assert chapter.train.write_sample(model, tokenizer, question, 7) == "user: who?\nff"
+    if "--prompts" in (chapter.folder / "generate.py").read_text():
+        (tmp_path / "prompts.txt").write_text("who?\n")
+        assert printed("--chat", "--prompts", tmp_path / "prompts.txt") == "who?\nff\n"
+
+
+def test_a_folder_names_its_ends(chapter, trained, chat, tmp_path, text_file):
+    """For programs that know one end only it is the one that the model was trained for; the others get both."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    def ends(folder):
+        """The one end of the folder's tokenizer, after a look at those in its config.json."""
+        tokenizer = chapter.checkpoint.load_tokenizer(folder)
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert GenerationConfig.from_pretrained(folder, config_file_name="config.json").eos_token_id == [
+            tokenizer.end_of_text, tokenizer.end_of_turn]
+        return theirs.eos_token
+    assert ends(trained) == "<|endoftext|>" and ends(chat[0]) == "<|im_end|>"
+    # A model as Qwen publishes it, with one end in config.json, trained on text and on conversations; and what is resumed.
+    source = shutil.copytree(trained, tmp_path / "source")
+    saved = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(saved | {"eos_token_id": saved["eos_token_id"][0]}))
+    for end, data in (("<|endoftext|>", text_file), ("<|im_end|>", write_chat(tmp_path / "chat.jsonl"))):
+        run = ["--init", source, "--data", data, "--batch-tokens", 256, "--out", tmp_path / end]
+        run_here(chapter.train, *run, "--steps", 1)
+        assert ends(tmp_path / end) == end
+        run_here(chapter.train, *run, "--steps", 2, "--resume")
+        assert ends(tmp_path / end) == end
+    run_here(chapter.train, "--init", chat[0], "--data", text_file, "--batch-tokens", 256, "--steps", 1, "--out", tmp_path / "on")
+    assert ends(tmp_path / "on") == "<|im_end|>"   # it can still chat
+
+
 def test_transformers_opens_the_folder(chapter, chat):
     """Equal ids, equal logits, and its own generate() stops where ours does: config.json names the ends."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -263,10 +317,6 @@ def test_transformers_opens_the_folder(chapter, chat):
     with torch.no_grad():
         torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], chapter.logits(model, ids), atol=1e-4, rtol=1e-4)
 
-    ends = theirs.config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    assert ends <= {tokenizer.end_of_text, tokenizer.end_of_turn}
-    assert their_tokenizer.eos_token_id in {tokenizer.end_of_text, tokenizer.end_of_turn}
     prompt_ids, _ = tokenizer.encode_conversation([{"role": "user", "content": "speak softly: fool"}], answer=True)
     answer = theirs.generate(torch.tensor([prompt_ids]), max_new_tokens=20, do_sample=False)[0, len(prompt_ids):].tolist()
     assert answer == [*tokenizer.encode("fool"), tokenizer.end_of_turn]

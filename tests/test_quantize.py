@@ -204,6 +204,17 @@ def test_with_a_cache_and_without_it(small):
     assert torch.allclose(torch.stack(steps), whole, rtol=1e-4, atol=1e-4 * whole.abs().max())
 
 
+def test_the_ends_of_an_answer_are_kept(tmp_path, documents):
+    """Of a model that was trained to chat, whose config.json names one of its two ends, as Qwen's does."""
+    source = make_folder(tmp_path / "source", documents)
+    for name, change in (("config.json", {"eos_token_id": 7}), ("tokenizer_config.json", {"eos_token": {"content": "<|im_end|>"}})):
+        (source / name).write_text(json.dumps(json.loads((source / name).read_text()) | change))
+    chapter.quantize.quantize(source, "int8", tmp_path / "out")
+    tokenizer = chapter.tokenizer.load_tokenizer(tmp_path / "out")
+    saved = [json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "tokenizer_config.json")]
+    assert saved[0]["eos_token_id"] == [tokenizer.end_of_text, tokenizer.end_of_turn] and saved[1]["eos_token"] == "<|im_end|>"
+
+
 def test_the_engine_and_generate_open_the_folder(small, call, tmp_path):
     (tmp_path / "prompts.txt").write_text("the king\nthe queen and\n")
     status, out, err = call(chapter.engine, tmp_path / "prompts.txt", "--max-new-tokens", 5, "--checkpoint", small[1], "--temperature", 0)
