@@ -171,8 +171,8 @@ class FullModel:
 def quantized_state(full, config, method, batches):
     """The tensors of the quantized model, {name: tensor}.
 
-    full: a FullModel. config: the new model's, with its quantization_config. batches: PackedBatches of calibration text, none
-    where the method asks for none.
+    full: a FullModel. config: the new model's, with its quantization_config. batches: PackedBatches of calibration text, or where
+    the method asks for none a token, to see that the layers compute. Raises InputError where they do not.
     """
     state, described = {}, config.quantization_config
     for name in ["model.embed_tokens.weight"] + ["lm_head.weight"] * (not config.tie_word_embeddings):
@@ -196,10 +196,20 @@ def quantized_state(full, config, method, batches):
         def run_block():
             return [block(x, rotary_angles(batch.position_ids, config.head_dim, config.rope_theta, x.dtype), (batch.cu_seqlens, batch.max_seqlen))
                     for x, batch in zip(xs, batches)]
-        quantize_block(block, described, method, observe(block, run_block) if batches else {}, dtype)
-        xs = run_block() if i + 1 < config.num_hidden_layers else None
-        state |= {prefix + name: tensor for name, tensor in block.to(dtype).state_dict().items()}
+        statistics = observe(block, run_block) if method.calibrated else {}
+        expect_finite(f"layer {i}", [seen.products.diagonal() for seen in statistics.values()])
+        quantize_block(block, described, method, statistics, dtype)
+        xs = run_block()
+        made = {prefix + name: tensor for name, tensor in block.to(dtype).state_dict().items()}
+        expect_finite(f"layer {i} in integers", [*xs, *made.values()])
+        state |= made
     return state | {"model.norm.weight": full.read("model.norm.weight")}
+
+
+def expect_finite(what, tensors):
+    """Look at what was made before it is called done. Raises InputError."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise InputError(f"{what} computes nan or inf: its weights are damaged, or too large for this method; nothing was written")
 
 
 def predicted_bytes(config, described, itemsize):
@@ -260,7 +270,9 @@ def quantize(checkpoint, method, out, group=None, asymmetric=False, documents=()
     if config.num_experts and METHODS[method].rescale:
         raise InputError(f"--method {method} divides what makes a layer's inputs, and experts share theirs with the router; use int4-gptq or int8")
     described = describe(config, method, group, asymmetric, device)
-    batches = calibration_batches(documents, tokenizer, tokens, config.max_position_embeddings) if METHODS[method].calibrated else []
+    batches = [packed_sequence_collate_fn([([0], [0])])]
+    if METHODS[method].calibrated:
+        batches = calibration_batches(documents, tokenizer, tokens, config.max_position_embeddings)
     full = FullModel(folder, config, device)
     state = quantized_state(full, replace(config, quantization_config=described), METHODS[method], [batch.to(device) for batch in batches])
     if "outliers" in described:

@@ -83,7 +83,8 @@ def awq(block, statistics, format, grid=20):
 def best_factors(site, seen, format, grid):
     """(K,): mean |x| ^ ratio, with that ratio from 0 (all factors are 1) to almost 1 that hurts the site's outputs least."""
     weight = torch.cat([layer.weight for layer in site.after])
-    mean = seen.mean.clamp(min=1e-4 * seen.mean.max() + 1e-30)   # of inputs that are always 0 too
+    # Of the largest, or a product of two factors would leave float32. At least something: inputs may always be 0, one or all of them.
+    mean = (seen.mean / seen.mean.max().clamp(min=1e-30)).clamp(min=1e-4)
     candidates = [equal(site, mean ** (i / grid)) for i in range(grid)]
     candidates = [s / (s.max() * s.min()).sqrt() for s in candidates]   # the smallest as far below 1 as the largest above
     errors = torch.stack([output_error(rounded(weight * s, format) / s - weight, seen.products) for s in candidates])

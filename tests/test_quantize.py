@@ -1,6 +1,8 @@
 """Chapter 7: the formats, the layers that hold integers, the command, and the folders it writes."""
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,12 +254,14 @@ def test_loading_never_holds_the_full_model(small, monkeypatch):
 
 def test_experts_become_integers_and_their_router_does_not(tmp_path, documents):
     folder = make_folder(tmp_path / "full", documents, num_experts=4, moe_intermediate_size=32)
-    for method in ("int8", "int4-gptq"):
+    for method in METHODS[:3] + METHODS[4:7]:   # the others divide what makes a layer's inputs
         quantize.quantize(folder, method, tmp_path / method, 16 if "4" in method else None, False, documents, 400)
         model, _ = chapter.checkpoint.load_model(tmp_path / method)
         assert isinstance(model.model.layers[0].mlp.gate, torch.nn.Linear)
         assert isinstance(model.model.layers[0].mlp.experts["3"].down_proj, quantized.Int8Linear)
         assert (logits(tmp_path / method) - logits(folder)).norm() < 0.5 * logits(folder).norm()
+        with torch.no_grad():
+            assert chapter.logits(model, [3]).isfinite().all()   # one token: two of the experts get none
 
 
 def test_a_quantized_folder_may_be_written_again(tmp_path, full, documents):
@@ -357,6 +361,81 @@ def test_weights_that_are_no_numbers(tmp_path, documents):
     with pytest.raises(chapter.errors.InputError, match="layers.1.mlp.up_proj.*nan"):
         quantize.quantize(folder, "int8", tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+PRUNED = {   # what of layer 1 is zero, and which layers get nothing but zeros then
+    "up_proj": (["mlp.up_proj.weight"], ["mlp.down_proj"]),
+    "a norm": (["input_layernorm.weight"], ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]),
+    "v_proj": (["self_attn.v_proj.weight"], ["self_attn.o_proj"]),
+    "all": (["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
+             "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"], []),
+}
+
+
+def pruned(path, documents, zeros):
+    """A folder of a model with zeros, and besides a zero row, a zero column and a zero group in each matrix."""
+    folder = make_folder(path, documents)
+    model, tokenizer = chapter.checkpoint.load_model(folder)
+    with torch.no_grad():
+        for name, weight in model.model.layers[1].named_parameters():
+            weight *= name not in zeros
+            if weight.dim() == 2:
+                weight[5], weight[:, 7], weight[2, :32] = 0, 0, 0
+    chapter.checkpoint.save_model(folder, model, tokenizer)
+    return folder
+
+
+@pytest.mark.parametrize("method", [*METHODS, "int4 asymmetric"])
+@pytest.mark.parametrize("zeros", PRUNED)
+def test_a_pruned_model_is_quantized_as_any_other(tmp_path, documents, zeros, method):
+    """Where the inputs of a layer are always zero, nothing is known about them, and its weights go to the nearest integers."""
+    names, blind = PRUNED[zeros]
+    folder = pruned(tmp_path / "full", documents, names)
+    name, _, asymmetric = method.partition(" ")
+    quantize.quantize(folder, name, tmp_path / "small", 32 if "int4" in name else None, bool(asymmetric), documents, 400)
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "small" / "model.safetensors").values())
+    before, after = logits(folder), logits(tmp_path / "small")
+    assert (after - before).square().mean() < 0.1 * before.square().mean()
+    full, small = (chapter.checkpoint.load_model(path)[0].model.layers[1] for path in (folder, tmp_path / "small"))
+    for layer in blind if name != "int4-gptq" else []:   # which draws in the largest of a group as if all inputs were alike
+        plain = integers.rounded(full.get_submodule(layer).weight.detach(), small.get_submodule(layer).format)
+        torch.testing.assert_close(small.get_submodule(layer).dequantized(), plain)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12])
+def test_awq_does_not_care_how_large_inputs_are(size):
+    """A product of two factors that leaves float32 would be 0 or inf, and all weights nan."""
+    chapter7, x = chapter.scaling, torch.randn(50, 64).exp()
+    block = chapter.model.Block(chapter.model.ModelConfig(hidden_size=64))
+    site = chapter7.sites(block)[2]
+    factors = [chapter7.best_factors(site, SimpleNamespace(mean=x.abs().mean(0) * size, products=x.T @ x), Format(4, 32), grid=20)
+               for size in (1.0, size)]
+    torch.testing.assert_close(*factors)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "int4 asymmetric"])
+def test_what_computes_no_numbers_is_not_written(tmp_path, documents, method):
+    """All weights are finite, and what they make of a token is not: a bit of an exponent has flipped."""
+    folder = make_folder(tmp_path / "full", documents)
+    model, tokenizer = chapter.checkpoint.load_model(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = model.model.layers[1].mlp.down_proj.weight[3, 3] = 1e30
+    chapter.checkpoint.save_model(folder, model, tokenizer)
+    name, _, asymmetric = method.partition(" ")
+    with pytest.raises(chapter.errors.InputError, match="layer 1.*nan or inf.*nothing was written"):
+        quantize.quantize(folder, name, tmp_path / "small", 32 if "int4" in name else None, bool(asymmetric), documents, 400)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_scale_that_is_no_number_is_found_before_the_folder_is_there(tmp_path, full, monkeypatch):
+    def spoil(*arguments):
+        integers, scale, zero = quantize.nearest(*arguments)
+        scale[3] = float("nan")
+        return integers, scale, zero
+    monkeypatch.setitem(quantize.METHODS, "int4", replace(quantize.METHODS["int4"], to_integers=spoil))
+    with pytest.raises(chapter.errors.InputError, match="layer 0 in integers.*nan or inf"):
+        quantize.quantize(full, "int4", tmp_path / "small", 32)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_table_that_is_read_in_parts(tmp_path, full, monkeypatch):
