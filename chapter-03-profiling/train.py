@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import resource
 import shutil
 import time
@@ -112,6 +113,12 @@ def schedule(progress, warmup=0.05, floor=0.1):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
+def progress(arguments, state):
+    """Share of the run that is done, by its steps or by its minutes; 1 is the end."""
+    return max(state["step"] / arguments.steps if arguments.steps else 0,
+               state["seconds"] / 60 / arguments.minutes if arguments.minutes else 0)
+
+
 def compute_dtype(device):
     """float32, but where varlen_attn can run: it knows no float32. What that changes is told in chapter 4."""
     native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -169,10 +176,24 @@ def start_afresh(arguments, train_documents, device):
 
 def check_settings(settings, saved, out):
     """A resumed run must be the same run. Only the budget (--steps, --minutes) may grow."""
+    if saved.get("documents") == settings["documents"]:   # the same text, by whatever name
+        saved = saved | {"data": settings["data"]}
+    if os.path.abspath(str(saved.get("init"))) == os.path.abspath(str(settings["init"])):
+        saved = saved | {"init": settings["init"]}
     for name, value in settings.items():
         if saved.get(name) != value:
             raise InputError(f"--resume: the checkpoint in {out} has {name} {saved.get(name)}, this command has {value};"
                              " repeat the first command or choose another --out")
+
+
+def print_resumed(arguments, state):
+    """Where the run goes on. In a larger budget that is an earlier place of the schedule, with another learning rate."""
+    print(f"resuming after step {state['step']}")
+    before, now = state.get("progress", 0), progress(arguments, state)
+    if now < before:
+        last, following = (arguments.learning_rate * schedule(share) for share in (before, now))
+        print(f"        the budget has grown: the schedule goes back from {before:.0%} to {now:.0%} of the run, and the learning rate"
+              f" jumps from {last:.2g} to {following:.2g}")
 
 
 def fingerprint(documents):
@@ -231,7 +252,7 @@ def main():
         optimizer = adamw(model, arguments.learning_rate)
         state = load_training_state(checkpoint, optimizer)
         check_settings(settings, state["settings"], arguments.out)
-        print(f"resuming after step {state['step']}")
+        print_resumed(arguments, state)
     else:
         if arguments.resume:
             print(f"no checkpoint in {arguments.out}: starting afresh")
@@ -259,13 +280,12 @@ def main():
 
     while True:
         state["seconds"] = time.perf_counter() - start
-        progress = max(state["step"] / arguments.steps if arguments.steps else 0,
-                       state["seconds"] / 60 / arguments.minutes if arguments.minutes else 0)
-        if progress >= 1 and state["step"] > 0:
+        state["progress"] = progress(arguments, state)
+        if state["progress"] >= 1 and state["step"] > 0:
             break
 
         step_start = time.perf_counter()
-        lr = arguments.learning_rate * schedule(progress)
+        lr = arguments.learning_rate * schedule(state["progress"])
         for group in optimizer.param_groups:
             group["lr"] = lr
         with record_function("data"):

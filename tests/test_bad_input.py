@@ -1,4 +1,5 @@
 """Bad input: one line that names what is wrong, exit status 2, no traceback, nothing lost."""
+import gzip
 import json
 import shutil
 import subprocess
@@ -97,6 +98,16 @@ def test_resume_of_another_run_names_the_difference(chapter, out, text_file, cal
     run = ["--data", text_file, *chapter.quick, "--steps", 4, "--out", out, "--resume"]
     for flags, difference in [(("--seed", 7), "seed 0"), (("--learning-rate", 1), "learning_rate"), *chapter.other_runs]:
         expect_error(call(chapter.train, *run, *flags), difference)
+
+
+def test_resume_of_the_same_text_by_another_name(chapter, out, text_file, tmp_path, call, monkeypatch):
+    """What is compared is the text."""
+    run = [*chapter.quick, "--steps", 3, "--out", out, "--resume", "--data"]
+    (tmp_path / "copy.txt.gz").write_bytes(gzip.compress(text_file.read_bytes()))
+    monkeypatch.chdir(text_file.parent)
+    for name in (text_file.name, f"../{text_file.parent.name}/{text_file.name}", tmp_path / "copy.txt.gz"):
+        status, printed, _ = call(chapter.train, *run, name)
+        assert status == 0 and "resuming after step 3" in printed
 
 
 def test_resume_on_changed_data_names_the_difference(chapter, out, text_file, tmp_path, call):

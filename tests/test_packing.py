@@ -3,6 +3,7 @@ import itertools
 import json
 import random
 import shutil
+import unicodedata
 
 import pytest
 import torch
@@ -371,3 +372,12 @@ def test_resume_with_another_init(chapter, chat, trained, call):
     expect_error(call(chapter.train, *run), "init", trained, "None")
     expect_error(call(chapter.train, *run, "--init", folder), "init", trained, folder)
     expect_error(call(chapter.train, *run, "--init", trained, "--batch-tokens", 128), "batch_tokens 256", 128)
+def test_resume_with_another_name_of_init(chapter, chat, trained, tmp_path, call, monkeypatch):
+    folder, _ = chat
+    out = shutil.copytree(folder, tmp_path / "out")
+    monkeypatch.chdir(trained.parent)
+    status, printed, _ = call(chapter.train, "--init", f"./{trained.name}/", "--data", folder.parent / "chat.jsonl", "--steps", 60,
+                              "--batch-tokens", 256, "--learning-rate", 3e-3, "--out", out, "--resume")
+    assert status == 0 and "resuming after step 60" in printed
+
+

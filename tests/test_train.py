@@ -140,6 +140,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name, changes, flags, tmp_path
     assert whole["tokens"] > 1.2 * epoch   # the order of the data changes on the way
 
 
+def test_a_resume_with_a_larger_budget_says_how_the_learning_rate_jumps(chapter, tmp_path, text_file):
+    run = ["--data", text_file, *chapter.quick, "--learning-rate", 3e-3, "--out", tmp_path]
+    run_here(chapter.train, *run, "--steps", 6)
+    assert "jumps" not in run_here(chapter.train, *run, "--steps", 6, "--resume")
+    printed = run_here(chapter.train, *run, "--steps", 12, "--resume")
+    line = next(line for line in printed.splitlines() if "jumps" in line)
+    assert "from 0.0003 to 0.0018" in line and "100% to 50%" in line
+    assert 3e-3 * chapter.train.schedule(6 / 12) == pytest.approx(0.0018, rel=0.03)
+
+
 def test_a_run_that_diverges_keeps_the_checkpoint_before(chapter, tmp_path, text_file, monkeypatch):
     run = ["--data", text_file, *chapter.quick, "--save-every", 2, "--out", tmp_path]
     run_here(chapter.train, *run, "--steps", 2)
