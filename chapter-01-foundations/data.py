@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,7 @@ import torch
 
 from bpe_from_scratch import PIECES, SPLIT_PATTERN, train_bpe, valid_unicode
 from errors import InputError
+from formats import ending, excerpt, json_lines, read_utf8, table_rows
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 NAMES = ("tinyshakespeare", "wikitext-2", "python-docs")
@@ -42,44 +44,55 @@ def fetch(source):
 def load_documents(source):
     """Read the documents of a fetched name or of a file.
 
-    source: one of NAMES, a .txt file (documents are separated by blank lines) or a .jsonl file ({"text": ...} a line).
-    Returns (training documents, validation documents), two lists of str. Raises InputError if there is too little.
+    source: one of NAMES, or a file in one of the formats of formats.py. Returns (training documents, validation
+    documents), two lists of what read_document() makes. Raises InputError if there is too little.
     """
     if source == "wikitext-2":   # comes with a split of its own, and published numbers use it
         return tuple(read_jsonl(DATA / "wikitext-2" / f"{part}.jsonl") for part in ("train", "validation"))
-    if source == "python-docs":
-        return split_documents(python_docs(), source)
+    documents = python_docs() if source == "python-docs" else read_file(source)
+    return split_documents(documents, source)
+
+
+def read_file(source):
     path = DATA / "tinyshakespeare.txt" if source == "tinyshakespeare" else Path(source)
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"--data {source}: {problem}; give a .txt or .jsonl file, or one of {', '.join(NAMES)}")
-    return split_documents(read_jsonl(path) if path.suffix == ".jsonl" else read_text(path), path)
+    readers = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}
+    return readers.get(ending(path), read_text)(path)
 
 
 def read_text(path):
-    """Documents of a text file: whatever stands between blank lines."""
-    return [part.strip("\n") for part in read_utf8(path).split("\n\n") if part.strip()]
+    """Documents of a text file: whatever stands between blank lines, which may hold white space."""
+    text = re.sub(r"^[^\S\n]+$", "", read_utf8(path), flags=re.MULTILINE)
+    return [part.strip("\n") for part in text.split("\n\n") if part.strip()]
 
 
 def read_jsonl(path):
-    """Documents of a .jsonl file: the "text" of each line."""
+    """Documents of a .jsonl file, one a line."""
+    return read_documents(path, json_lines(path))
+
+
+def read_parquet(path):
+    """Documents of a .parquet file, one a row."""
+    return read_documents(path, table_rows(path))
+
+
+def read_documents(path, objects):
     documents = []
-    for number, line in enumerate(read_utf8(path).split("\n"), start=1):   # splitlines() would also split at U+2028
+    for place, contents in objects:
         try:
-            if line.strip():
-                documents.append(valid_unicode(json.loads(line)["text"]).strip("\n"))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise InputError(f'{path}, line {number}: expected {{"text": "..."}}') from None
+            documents.append(read_document(contents))
+        except InputError as error:
+            raise InputError(f"{path}, {place}: {error}") from None
     return [document for document in documents if document]
 
 
-def read_utf8(path):
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")   # some editors begin a file with a mark that is no text
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+def read_document(contents):
+    """The "text" of a line or a row, a str. What else it may hold, an id or a source, only describes it."""
+    if not isinstance(contents, dict) or not isinstance(contents.get("text"), str):
+        raise InputError(f'expected {{"text": "..."}}, found {excerpt(contents)}')
+    return valid_unicode(contents["text"]).strip("\n")
 
 
 def python_docs():
@@ -108,7 +121,7 @@ def split_documents(documents, source, fraction=0.1):
     cut = min(range(len(before)), key=lambda i: abs(before[i] - goal))
     if not 0 < cut < len(documents):
         raise InputError(f"{source}: {len(documents)} document(s), {sum(sizes)} bytes are too little text to keep a tenth"
-                         " for validation; documents are separated by blank lines")
+                         " for validation; give more documents (in a text, blank lines separate them)")
     return documents[:cut], documents[cut:]
 
 

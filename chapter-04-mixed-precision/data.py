@@ -6,11 +6,12 @@ length by nature. This chapter lays them end to end in one row of T tokens. Ther
 import ast
 import hashlib
 import itertools
-import json
 import random
+import re
 import subprocess
 import sys
 import sysconfig
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from bpe_from_scratch import valid_unicode
+from conversations import read_conversation
 from errors import InputError
+from formats import ending, excerpt, json_lines, read_utf8, table_rows
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 NAMES = ("tinyshakespeare", "wikitext-2", "python-docs")
@@ -43,63 +46,64 @@ def fetch(source):
 def load_documents(source):
     """Read the documents of a fetched name or of a file.
 
-    source: one of NAMES, a .txt file (documents are separated by blank lines) or a .jsonl file ({"text": ...} a line, or
-    {"messages": [{"role": ..., "content": ...}, ...]}). Returns (training documents, validation documents): lists of str,
-    or of lists of messages. Raises InputError if there is too little.
+    source: one of NAMES, or a file in one of the formats of formats.py. Returns (training documents, validation
+    documents), two lists of what read_document() makes. Raises InputError if there is too little.
     """
     if source == "wikitext-2":   # comes with a split of its own, and published numbers use it
         return tuple(read_jsonl(DATA / "wikitext-2" / f"{part}.jsonl") for part in ("train", "validation"))
-    if source == "python-docs":
-        return split_documents(python_docs(), source)
+    documents = python_docs() if source == "python-docs" else read_file(source)
+    return split_documents(documents, source)
+
+
+def read_file(source):
     path = DATA / "tinyshakespeare.txt" if source == "tinyshakespeare" else Path(source)
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"--data {source}: {problem}; give a .txt or .jsonl file, or one of {', '.join(NAMES)}")
-    return split_documents(read_jsonl(path) if path.suffix == ".jsonl" else read_text(path), path)
+    readers = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}
+    return readers.get(ending(path), read_text)(path)
 
 
 def read_text(path):
-    """Documents of a text file: whatever stands between blank lines."""
-    return [part.strip("\n") for part in read_utf8(path).split("\n\n") if part.strip()]
+    """Documents of a text file: whatever stands between blank lines, which may hold white space."""
+    text = re.sub(r"^[^\S\n]+$", "", read_utf8(path), flags=re.MULTILINE)
+    return [part.strip("\n") for part in text.split("\n\n") if part.strip()]
 
 
 def read_jsonl(path):
     """Documents of a .jsonl file, one a line."""
+    return read_documents(path, json_lines(path))
+
+
+def read_parquet(path):
+    """Documents of a .parquet file, one a row."""
+    return read_documents(path, table_rows(path))
+
+
+def read_documents(path, objects):
     documents = []
-    for number, line in enumerate(read_utf8(path).split("\n"), start=1):   # splitlines() would also split at U+2028
+    for place, contents in objects:
         try:
-            if line.strip():
-                documents.append(read_document(json.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise InputError(f'{path}, line {number}: expected {{"text": "..."}} or'
-                             ' {"messages": [{"role": "...", "content": "..."}, ...]}') from None
-        if documents and learned_text(documents[-1]) is None:
-            raise InputError(f"{path}, line {number}: a conversation without an assistant turn: there is nothing to learn")
+            documents.append(read_document(contents))
+        except InputError as error:
+            raise InputError(f"{path}, {place}: {error}") from None
     return [document for document in documents if document]
 
 
-def read_document(line):
-    """A line of a .jsonl file: its "text", or the "messages" of a conversation, each with a role and a content."""
-    if "messages" not in line:
-        return valid_unicode(line["text"]).strip("\n")
-    return [{key: valid_unicode(message[key]) for key in ("role", "content")} for message in line["messages"]]
+def read_document(contents):
+    """The "text" of a line or a row, a str, or its conversation, a list of messages. What else it may hold only describes it."""
+    if isinstance(contents, dict) and "messages" in contents:
+        return read_conversation(contents)
+    if not isinstance(contents, dict) or not isinstance(contents.get("text"), str):
+        raise InputError('expected {"text": "..."} or {"messages": [{"role": "...", "content": "..."}, ...]}, found '
+                         + excerpt(contents))
+    return valid_unicode(contents["text"]).strip("\n")
 
 
 def learned_text(document):
-    """What the model is trained to write: a text as it is, of a conversation what the assistant says, or None."""
-    if isinstance(document, str):
-        return document
-    said = [message["content"] for message in document if message["role"] == "assistant"]
-    return "\n\n".join(said) if any(said) else None
-
-
-def read_utf8(path):
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")   # some editors begin a file with a mark that is no text
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    """What the model is trained to write, in the tokenizer's form: a text, or what the assistant says in a conversation."""
+    said = [document] if isinstance(document, str) else [m["content"] for m in document if m["role"] == "assistant"]
+    return unicodedata.normalize("NFC", "\n\n".join(said))
 
 
 def python_docs():
@@ -128,7 +132,7 @@ def split_documents(documents, source, fraction=0.1):
     cut = min(range(len(before)), key=lambda i: abs(before[i] - goal))
     if not 0 < cut < len(documents):
         raise InputError(f"{source}: {len(documents)} document(s), {sum(sizes)} bytes are too little text to keep a tenth"
-                         " for validation; documents are separated by blank lines")
+                         " for validation; give more documents (in a text, blank lines separate them)")
     return documents[:cut], documents[cut:]
 
 

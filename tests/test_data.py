@@ -2,8 +2,11 @@
 
 The batches of the later chapters are in test_packing.py, their tokenizer in test_qwen_tokenizer.py.
 """
+import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -84,6 +87,83 @@ def test_documents_of_a_text_file_and_of_a_jsonl_file(chapter, tmp_path):
     assert chapter.data.read_jsonl(tmp_path / "half.jsonl") == ["half \ufffd a character"]   # JSON can say it, UTF-8 cannot
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in NASTY) + "\n")
     assert chapter.data.read_jsonl(tmp_path / "a.jsonl") == [text.strip("\n") for text in NASTY]
+
+
+TEXT = "one\ntwo\n\nthree\n"
+LINES = '{"text": "one\\ntwo", "id": 7}\n\n{"text": "three", "meta": {"source": "x"}}\n'
+
+
+def parquet(rows):
+    """The bytes of a table of these rows."""
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+TABLE = parquet([{"text": "one\ntwo", "id": 7}, {"text": "three", "id": None}])
+
+
+@pytest.mark.reaches("data.read_file", "formats")
+@pytest.mark.parametrize("name, content", [
+    ("a.txt", TEXT), ("A.TXT", TEXT), ("a.text", TEXT), ("a.md", TEXT), ("a.b.txt", TEXT), ("mark.txt", "\ufeff" + TEXT),
+    ("spaces.txt", "one\ntwo\n  \nthree\n"), ("tab.txt", " \n\none\ntwo\n\t\n\u3000\u00a0\nthree\n \n"),
+    ("windows.txt", TEXT.replace("\n", "\r\n")), ("windows_spaces.txt", "one\r\ntwo\r\n \r\nthree"), ("mac.txt", TEXT.replace("\n", "\r")),
+    ("a.jsonl", LINES), ("A.JSONL", LINES), ("a.ndjson", LINES), ("a.NDJson", LINES), ("windows.jsonl", LINES.replace("\n", "\r\n")),
+    ("a.txt.gz", gzip.compress(TEXT.encode())), ("A.JSONL.GZ", gzip.compress(LINES.encode())),
+    ("windows.txt.gz", gzip.compress(TEXT.replace("\n", "\r\n").encode())),
+    ("a.parquet", TABLE), ("A.Parquet", TABLE), ("a.parquet.gz", gzip.compress(TABLE))])
+def test_a_format_is_known_by_the_end_of_the_name(chapter, name, content, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert chapter.data.read_file(path) == ["one\ntwo", "three"]
+
+
+@pytest.mark.reaches("data.read_text", "formats")
+def test_white_space_within_a_document_stays(chapter, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("  indented\n\tmore  \n\n\n \n    code:\n\ufeffx", encoding="utf-8")
+    assert chapter.data.read_text(path) == ["  indented\n\tmore  ", "    code:\n\ufeffx"]
+
+
+def refusal(chapter, path):
+    """The one line that a file is refused with."""
+    with pytest.raises(chapter.errors.InputError) as error:
+        chapter.data.read_file(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message, message
+    return message
+
+
+@pytest.mark.reaches("data.read_file", "formats", "errors")
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.json", "a.zip", "a.docx", "a.pdf", "a.html", "a.xml", "a.arrow", "a.txt.zst",
+                                  "a.tar.gz", "a.csv.gz", "a.txt.bak", "a.py", "a.npy", "txt", "a.gz"])
+def test_other_formats_are_refused_by_name(chapter, name, tmp_path):
+    """Whatever is in them. As text this one could be trained on."""
+    (tmp_path / name).write_text(TEXT * 100)
+    named = {"txt": "without an ending", "a.gz": "without an ending", "a.tar.gz": ".tar", "a.csv.gz": ".csv", "a.TSV": ".tsv"}
+    message = refusal(chapter, tmp_path / name)
+    assert named.get(name, name[name.rindex("."):] if "." in name else "") + " is not read" in message and "convert" in message
+
+
+@pytest.mark.reaches("data.read_file", "formats", "errors")
+@pytest.mark.parametrize("name, content, words", [
+    ("no.txt.gz", TEXT.encode(), ["gzip"]), ("cut.txt.gz", gzip.compress(TEXT.encode() * 99)[:-9], ["damaged"]),
+    ("bits.jsonl.gz", gzip.compress(LINES.encode())[:12] + b"\xff" * 40, ["damaged"]),
+    ("latin1.txt.gz", gzip.compress("th\u00e9".encode("latin-1")), ["byte 2", "UTF-8"]),
+    ("no.parquet", TEXT.encode(), ["Parquet"]), ("empty.parquet", b"", ["Parquet"]), ("cut.parquet", TABLE[:-20], ["Parquet"]),
+    ("bits.parquet", TABLE[:4] + bytes(len(TABLE) // 2) + TABLE[4 + len(TABLE) // 2:], ["Parquet"]),
+    ("no.parquet.gz", TABLE, ["Parquet"]),
+    ("columns.parquet", parquet([{"words": "a"}]), ["row 1", "text", "words"]),
+    ("none.parquet", parquet([{"text": "a"}, {"text": None}]), ["row 2", "null"]),
+    ("bytes.parquet", parquet([{"text": b"a"}]), ["row 1"]),
+    ("array.jsonl", json.dumps([{"text": "a"}, {"text": "b"}]).encode(), ["line 1", "[{"]),
+    ("pretty.jsonl", json.dumps({"text": "a"}, indent=2).encode(), ["line 1", "whole object"]),
+    ("sharegpt.jsonl", b'{"conversations": [{"from": "human", "value": "x"}]}', ["line 1", "conversations", "from"]),
+    ("null.jsonl", b'{"text": "a"}\n\n{"text": null}', ["line 3", "null"])])
+def test_files_that_do_not_hold_what_their_name_says(chapter, name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    message = refusal(chapter, tmp_path / name)
+    assert all(word in message for word in words), message
 
 
 def test_tiny_shakespeare_is_cut_where_the_standard_split_is(chapter, tmp_path):

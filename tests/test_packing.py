@@ -5,6 +5,8 @@ import random
 import shutil
 import unicodedata
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -93,6 +95,35 @@ def test_bytes_and_fingerprint_of_conversations(chapter, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, [{"messages": CHAT, "id": 7}, {"text": "x"}, {"messages": other}])))
     assert data.read_jsonl(path) == [CHAT, "x", other]
+
+
+@pytest.mark.parametrize("beside, inside", [
+    ({"id": 7, "source": "x", "prompt_id": "a1", "prompt": "2 + 2?", "score": 0.5, "good": True, "meta": {"a": [1]}, "metadata": {}}, {}),
+    ({"tools": None, "functions": [], "chat_template_kwargs": {}, "system": ""},
+     {"tool_calls": None, "function_call": None, "refusal": None, "reasoning_content": "", "name": None, "images": []})])
+def test_what_describes_a_conversation_or_is_empty_may_stand_in_its_line(chapter, beside, inside, tmp_path):
+    """Tables have all columns in all rows, and logs of an API all keys in all messages."""
+    line = {"messages": [message | inside for message in CHAT], **beside}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**line, "meta": str(beside), "metadata": None, "chat_template_kwargs": None}]),
+                                tmp_path / "a.parquet")
+    assert chapter.data.read_file(tmp_path / "a.jsonl") == chapter.data.read_file(tmp_path / "a.parquet") == [CHAT]
+
+
+def test_bits_per_byte_do_not_depend_on_the_form_of_a_character(chapter):
+    """Composed or decomposed, the tokenizer reads the same; so the split, the tokens, the bytes and the bits are the same."""
+    texts = ["\ud55c\uad6d\uc5b4 \ubb38\uc7a5\uc774\ub2e4", "caf\u00e9 \u1ec7 \u00c5", "plain", "\ub2e4\ub978 \uae00"] * 10
+    composed = [*texts, *([{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in texts)]
+    decomposed = json.loads(unicodedata.normalize("NFD", json.dumps(composed, ensure_ascii=False)))
+    assert composed != decomposed
+    tokenizer = chapter.make_tokenizer(texts)
+    model = chapter.make_model(tokenizer)
+    expected = chapter.evaluate(model, composed, tokenizer)
+    assert chapter.evaluate(model, decomposed, tokenizer) == expected
+    assert chapter.data.num_bytes(decomposed) == len("\n\n".join(texts * 2).encode())
+    half = [*composed[:40], *decomposed[40:]]
+    for documents in (decomposed, half):
+        assert len(chapter.data.split_documents(documents, "x")[0]) == len(chapter.data.split_documents(composed, "x")[0])
 
 
 # ------------------------------------------------------------------------------------------------------- batches
@@ -334,17 +365,44 @@ def test_spare_rows_of_the_embedding_are_never_sampled(chapter, tokenizer):
 
 # ------------------------------------------------------------------------------------------------------ bad input
 
+@pytest.mark.reaches("data.read_jsonl", "errors")
 @pytest.mark.parametrize("line, words", [
     ({"messages": CHAT[:2]}, ["without an assistant turn"]), ({"messages": []}, ["without an assistant turn"]),
-    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}, ["without an assistant turn"]),
-    *[({"messages": messages}, ["messages", "role", "content"]) for messages in (
-        "hello", None, 7, {"role": "user", "content": "x"}, ["hello"], [{"role": "assistant"}], [{"content": "x"}],
-        [{"role": "assistant", "content": None}], [{"role": "assistant", "content": ["x"]}],
-        [{"role": 1, "content": "x"}], [[]])]])
-def test_conversations_that_cannot_be_used(chapter, line, words, tmp_path, call):
+    *[({"messages": messages}, ['"messages"', "role", "content"]) for messages in ("hello", None, 7, {"role": "user", "content": "x"})],
+    *[({"messages": CHAT[:2] + [message]}, ["message 3: ", *words]) for message, words in (
+        ("hello", ["role", "content", "hello"]), ([], ["role", "content"]), ({"content": "x"}, ["role"]),
+        ({"from": "human", "value": "x"}, ["role", "content", "from", "human"]),
+        *[({"role": role, "content": "x"}, [json.dumps(role), "system, user, assistant"])
+          for role in ("human", "gpt", "Assistant", "assistant ", "developer", "function", "", 1, None, ["user"])],
+        ({"role": "tool", "content": "4", "tool_call_id": "a"}, ['"tool"', "system, user, assistant"]),
+        ({"role": "assistant"}, ["no", "content"]), ({"role": "user", "content": None}, ["content", "null"]),
+        ({"role": "assistant", "content": [{"type": "text", "text": "x"}]}, ["content", "type", "not a text"]),
+        ({"role": "assistant", "content": 4}, ["content", "4"]),
+        *[({"role": "assistant", "content": content}, ["says nothing", "end its turn"]) for content in ("", " ", "\n\u00a0")],
+        *[({"role": "assistant", "content": content, "tool_calls": [{"function": {}}]}, ['"tool_calls"']) for content in ("", None, "x")],
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, ['"tool_calls"']),
+        *[({"role": "assistant", "content": "x", key: value}, [f'"{key}"']) for key, value in (
+            ("reasoning_content", "so"), ("name", "Bob"), ("weight", 0), ("weight", 1), ("function_call", {"name": "f"}), ("images", ["a"]),
+            ("prefix", False), ("id", 7))])],
+    *[({"messages": CHAT, key: value}, [f'"{key}"']) for key, value in (
+        ("tools", [{"type": "function"}]), ("tools", "[{}]"), ("functions", [{}]), ("chat_template_kwargs", {"enable_thinking": False}),
+        ("parallel_tool_calls", False), ("system", "Be brief."), ("weight", 0.5), ("rejected", "no"), ("images", ["a.png"]),
+        ("documents", [{"text": "x"}]), ("surprise", {"a": 1}))],
+    *[({"messages": messages, "text": "x"}, ['"messages"', '"text"', json.dumps(messages)[:30]]) for messages in (None, [], CHAT)],
+    ({"conversations": [{"from": "human", "value": "x"}]}, ["messages", "role", "conversations", "from"]), (CHAT, ["messages", "[{"])])
+def test_conversations_that_cannot_be_used(chapter, line, words, tmp_path):
+    """Refused by the name of what is wrong, and where: what is ignored would be dropped without a word."""
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(map(json.dumps, [{"messages": CHAT}, {"text": "a"}, line])))
-    expect_error(call(chapter.train, "--data", path, "--out", tmp_path / "out"), path, "line 3", *words)
+    with pytest.raises(chapter.errors.InputError) as error:
+        chapter.data.read_jsonl(path)
+    message = str(error.value)
+    assert all(word in message for word in (f"{path}, line 3: ", *words)) and "\n" not in message, message
+
+
+def test_a_conversation_that_cannot_be_used_ends_in_one_line(chapter, tmp_path, call):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": CHAT, "tools": "[]"}))
+    expect_error(call(chapter.train, "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "out"), "bad.jsonl, line 1: ", "tools")
 
 
 def test_init_from_nowhere(chapter, tmp_path, text_file, call):
@@ -365,13 +423,6 @@ def test_init_from_another_architecture(chapter, changes, trained, tmp_path, tex
     expect_error(call(chapter.train, "--data", text_file, "--out", tmp_path / "out", "--init", tmp_path), "config.json", *named)
 
 
-def test_resume_with_another_init(chapter, chat, trained, call):
-    folder, _ = chat
-    run = ["--data", folder.parent / "chat.jsonl", "--steps", 61, "--batch-tokens", 256, "--learning-rate", 3e-3,
-           "--out", folder, "--resume"]
-    expect_error(call(chapter.train, *run), "init", trained, "None")
-    expect_error(call(chapter.train, *run, "--init", folder), "init", trained, folder)
-    expect_error(call(chapter.train, *run, "--init", trained, "--batch-tokens", 128), "batch_tokens 256", 128)
 def test_resume_with_another_name_of_init(chapter, chat, trained, tmp_path, call, monkeypatch):
     folder, _ = chat
     out = shutil.copytree(folder, tmp_path / "out")
@@ -381,3 +432,10 @@ def test_resume_with_another_name_of_init(chapter, chat, trained, tmp_path, call
     assert status == 0 and "resuming after step 60" in printed
 
 
+def test_resume_with_another_init(chapter, chat, trained, call):
+    folder, _ = chat
+    run = ["--data", folder.parent / "chat.jsonl", "--steps", 61, "--batch-tokens", 256, "--learning-rate", 3e-3,
+           "--out", folder, "--resume"]
+    expect_error(call(chapter.train, *run), "init", trained, "None")
+    expect_error(call(chapter.train, *run, "--init", folder), "init", trained, folder)
+    expect_error(call(chapter.train, *run, "--init", trained, "--batch-tokens", 128), "batch_tokens 256", 128)
