@@ -21,6 +21,7 @@ from bpe_from_scratch import valid_unicode
 from conversations import read_conversation
 from errors import InputError
 from formats import ending, excerpt, json_lines, read_utf8, table_rows
+from validation import check_split
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 NAMES = ("tinyshakespeare", "wikitext-2", "python-docs")
@@ -51,7 +52,9 @@ def load_documents(source):
     if source == "wikitext-2":   # comes with a split of its own, and published numbers use it
         return tuple(read_jsonl(DATA / "wikitext-2" / f"{part}.jsonl") for part in ("train", "validation"))
     documents = python_docs() if source == "python-docs" else read_file(source)
-    return split_documents(documents, source)
+    train_documents, val_documents = split_documents(documents, source)
+    check_split(train_documents, val_documents)
+    return train_documents, val_documents
 
 
 def read_file(source):

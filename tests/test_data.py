@@ -4,6 +4,7 @@ The batches of the later chapters are in test_packing.py, their tokenizer in tes
 """
 import gzip
 import json
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -164,6 +165,37 @@ def test_files_that_do_not_hold_what_their_name_says(chapter, name, content, wor
     (tmp_path / name).write_bytes(content)
     message = refusal(chapter, tmp_path / name)
     assert all(word in message for word in words), message
+
+
+def conversations(pairs):
+    return [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in pairs]
+
+
+SUMS = conversations((f"What is {i} + {i + 1}?", str(2 * i + 1)) for i in random.Random(0).sample(range(1000), 200))
+WORDS = conversations((f"Spell the word number {i} of the song backwards, please.", f"It is {i} letters long.") for i in range(200))
+MIXED = random.Random(0).sample(SUMS + WORDS, 400)
+
+
+@pytest.mark.reaches("validation")
+@pytest.mark.parametrize("documents, words", [
+    (SUMS[:1] * 60, ["100%"]), (["a text"] * 60, ["100%"]), (MIXED[:-20] + MIXED[:20], ["50%"]),
+    (SUMS + WORDS, ["sorted"]), (WORDS + SUMS, ["sorted"]), (["x" * i for i in range(1, 2000)], ["sorted"]),
+    (MIXED, []), (SUMS, []), ([f"{i % 7} and {i}" for i in range(60)], [])])
+def test_a_validation_part_that_is_no_test_is_told_of(chapter, documents, words, capsys):
+    cut = len(documents) * 9 // 10
+    chapter.validation.check_split(documents[:cut], documents[cut:])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines)), lines
+
+
+@pytest.mark.reaches("data.load_documents")
+def test_the_split_of_a_file_is_checked(chapter, tmp_path, text_file, capsys):
+    chapter.data.load_documents(text_file)
+    assert capsys.readouterr().out == ""
+    path = tmp_path / "same.txt"
+    path.write_text("\n\n".join(["the same speech"] * 60))
+    chapter.data.load_documents(path)
+    assert "100% of the validation documents" in capsys.readouterr().out
 
 
 def test_tiny_shakespeare_is_cut_where_the_standard_split_is(chapter, tmp_path):
