@@ -441,6 +441,12 @@ def work(rank, arguments, folder, packs, source, command):
     dist.destroy_process_group()
 
 
+def work_and_leave(*arguments):
+    work(*arguments)
+    sys.stdout.flush()
+    os._exit(0)   # why not as Python ends: parallel.start
+
+
 def main():
     parser = ArgumentParser(description="Compare the ways to cut a training step: time, bytes sent, memory.")
     parser.add_argument("--ranks", type=positive(int), default=2, metavar="N", help="processes; on GPUs as many GPUs")
@@ -469,7 +475,7 @@ def main():
     command = f"python {Path(__file__).resolve().parent.name}/benchmark.py" + "".join(f" {argument}" for argument in sys.argv[1:])
     os.environ["OMP_NUM_THREADS"] = str(max(os.cpu_count() // ranks, 1))
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (arguments, folder, packs, source, command), nprocs=ranks)
+        mp.spawn(work_and_leave, (arguments, folder, packs, source, command), nprocs=ranks)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ collective sends from each rank, if its algorithm is a ring or as good as one (T
 """
 import atexit
 import datetime
+import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -42,6 +44,8 @@ from errors import InputError
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 PATIENCE = datetime.timedelta(minutes=5)   # how long a rank waits for the others before it gives up
+AS_LONG_AS_IT_TAKES = datetime.timedelta(days=7)   # where one of them reads or writes a large model, or downloads
+TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")   # what torchrun tells each rank
 
 
 class Group:
@@ -135,6 +139,7 @@ class Mesh:
     data: Group           # dp x cp
     expert_data: Group    # the ranks that hold the same experts: data without ep
     world: Group
+    patient: object       # torch's process group of all ranks, on their CPUs, that waits AS_LONG_AS_IT_TAKES
     device_mesh: object   # torch's DeviceMesh with the axes pp, dp_outer, ep, cp, tp; None for a process that is alone
 
     @property
@@ -146,6 +151,18 @@ class Mesh:
         device = self.device_mesh.device_type if self.device_mesh else "cpu"
         return self.world.all_reduce(torch.tensor(number, dtype=torch.float64, device=device), dist.ReduceOp.MAX).item()
 
+    def gather(self, thing):
+        """What each of all ranks gives, in their order, for each of them: anything that can be pickled."""
+        everyone = [thing] * self.world.size
+        if self.world.size > 1:
+            dist.all_gather_object(everyone, thing, group=self.patient)
+        return everyone
+
+    def wait(self):
+        """For the slowest of all ranks. Those that die meanwhile end this too."""
+        if self.world.size > 1:
+            dist.barrier(group=self.patient)
+
     @property
     def sent(self):
         """Bytes that this rank has sent so far."""
@@ -153,7 +170,7 @@ class Mesh:
         return sum(group.sent for group in groups)
 
 
-ALONE = Mesh(*(Group() for _ in range(9)), device_mesh=None)   # a single process
+ALONE = Mesh(*(Group() for _ in range(9)), patient=None, device_mesh=None)   # a single process
 
 
 def make_mesh(device="cpu", dp=1, cp=1, pp=1, tp=1, ep=1):
@@ -166,16 +183,17 @@ def make_mesh(device="cpu", dp=1, cp=1, pp=1, tp=1, ep=1):
     pp_back = DeviceMesh.from_group(dist.new_subgroups_by_enumeration(rows)[0], device)
     return Mesh(pp=Group(mesh["pp"]), pp_back=Group(pp_back), dp=Group(flat["dp"]), cp=Group(mesh["cp"]), tp=Group(mesh["tp"]),
                 ep=Group(mesh["ep"]), data=Group(flat["data"]), expert_data=Group(flat["expert_data"]), world=Group(flat["world"]),
-                device_mesh=mesh)
+                patient=dist.new_group(backend="gloo", timeout=AS_LONG_AS_IT_TAKES), device_mesh=mesh)
 
 
-def start(device, dp=None, cp=1, pp=1, tp=1, ep=1):
-    """Join the ranks that torchrun has started, if it has, and lay out the mesh. dp None: as many as there are ranks for.
+def start(device, arguments):
+    """Join the ranks that torchrun has started, if it has, and lay out the mesh. --dp None: as many as there are ranks for.
 
-    From here on only rank 0 prints. Raises InputError if the ranks do not fill the mesh.
+    From here on only rank 0 prints. Raises InputError if the ranks do not fill the mesh, or have been given different arguments.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    dp = dp or max(world // (cp * pp * tp), 1)
+    rank, world = place()
+    cp, pp, tp, ep = arguments.cp, arguments.pp, arguments.tp, arguments.ep
+    dp = arguments.dp or max(world // (cp * pp * tp), 1)
     if dp * cp * pp * tp != world:
         raise InputError(f"--dp {dp} x --cp {cp} x --pp {pp} x --tp {tp} is {dp * cp * pp * tp} ranks, and torchrun has started {world};"
                          f" torchrun --nproc_per_node {dp * cp * pp * tp} starts as many as that")
@@ -189,44 +207,89 @@ def start(device, dp=None, cp=1, pp=1, tp=1, ep=1):
     tell_when_ended()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    join("nccl" if device == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
+    # Of --data only the contents count: it may lie elsewhere on another machine.
+    flags = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(arguments).items() if name != "data"}
+    join("nccl" if device == "cuda" else "gloo", flags | {"device": device, "torch": torch.__version__})
+    # Python at its end would stop threads of gloo's that may just be giving a tensor back to it, and C++ aborts where one of its
+    # threads is stopped: "terminate called without an active exception". So a rank that is ready goes before Python ends.
+    atexit.register(os._exit, 0)
     mesh = make_mesh(device, dp, cp, pp, tp, ep)
     if not mesh.is_main:
         sys.stdout = open(os.devnull, "w")
     return mesh
 
 
-def join(backend):
-    """Meet the other ranks in torchrun's store, where each leaves its address for the others.
+def place():
+    """(rank, ranks) as torchrun tells them, (0, 1) where it has not started this process."""
+    missing = [name for name in TOLD if name not in os.environ]
+    if len(missing) == len(TOLD):
+        return 0, 1
+    if missing:
+        given = [name for name in TOLD if name in os.environ]
+        raise InputError(f"{', '.join(given)} in the environment, but not {', '.join(missing)}: a rank needs them all, and torchrun sets"
+                         f" them; to train in one process, unset {' '.join(given)}")
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise InputError(f"RANK={rank} and WORLD_SIZE={world} in the environment: of n ranks the numbers are 0 to n - 1; torchrun sets them")
+    return int(rank), int(world)
+
+
+def join(backend, settings):
+    """Meet the other ranks in torchrun's store, where each leaves its address for the others. All must have the same settings.
 
     When torchrun starts all ranks again the store stays, with the addresses of the dead in it, and whoever comes first would
     call those. So every start has a part of the store of its own. But on several machines each torchrun counts only its own
     starts; there put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, which makes a new store for every start.
     """
-    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # torchrun's store was there before this rank. If it does not answer, torchrun has been killed while torch was imported.
+    there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=20) if there else PATIENCE))
+    except (dist.DistError, ValueError) as error:
+        raise InputError(f"no store for the ranks at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, where torchrun should keep"
+                         f" it: {str(error).splitlines()[0]}") from None
+    store.set_timeout(PATIENCE)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":   # one machine
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    # Before they talk in any other way: with other groups, or one by NCCL and one by gloo, they would wait for each other.
+    store.set(f"settings {rank}", json.dumps(settings))
+    compare([json.loads(text) for text in store.multi_get([f"settings {other}" for other in range(size)])])
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+
+
+def compare(everyone):
+    """everyone: {name: value} of each rank. Raises InputError, on all ranks the same, if they are not all equal."""
+    for rank, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs[name] != value:
+                raise InputError(f"the ranks do not train the same: {name} is {value} on rank 0 and {theirs[name]} on rank {rank};"
+                                 " all need the same command, data and disk")
 
 
 def tell_when_ended():
     """Where a rank has died torchrun sends SIGTERM to the others, and Ctrl-C sends SIGINT to all. Rank 0 says why it goes.
 
-    In a thread: the main one may be waiting for the dead rank, inside a collective, where no handler of Python's runs.
+    In a thread: the main one may be waiting for the dead rank, inside a collective, where no handler of Python's runs. And
+    torchrun itself may be killed so that it can tell nobody: then its ranks have another parent.
     """
     pipe, signals = os.pipe()
     os.set_blocking(signals, False)
     signal.set_wakeup_fd(signals)
+    saved = "what was saved is complete, --resume goes on from there"
     why = {signal.SIGINT: "interrupted",
-           signal.SIGTERM: "error: torchrun ends all ranks: one of them has died, or torchrun itself was told to end;"
-                           " what was saved is complete, --resume goes on from there"}
-    for number in why:
+           signal.SIGTERM: f"error: torchrun ends all ranks: one of them has died, or torchrun itself was told to end; {saved}",
+           signal.SIGKILL: f"error: torchrun has been killed; {saved}"}
+    parent = os.getppid()
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
 
     def wait():
-        while (number := os.read(pipe, 1)[0]) not in why:
-            pass
+        number = None
+        while number not in why:
+            if select.select([pipe], [], [], 1)[0]:
+                number = os.read(pipe, 1)[0]
+            elif os.getppid() != parent:
+                number = signal.SIGKILL
         if os.environ["RANK"] == "0":
             print(f"\n{why[number]}", file=sys.stderr, flush=True)   # on a line of its own, not at the end of the bar
         os._exit(128 + number)
@@ -341,12 +404,13 @@ def round_up(T, mesh):
 def count_copies(parameters, mesh):
     """For each parameter of this rank, how many ranks hold the same piece of the same tensor."""
     pieces = [(parameter.piece.name, parameter.piece.offset, tuple(parameter.shape)) for parameter in parameters]
-    if mesh.world.size == 1:
-        return [1] * len(pieces)
-    everyone = [None] * mesh.world.size
-    dist.all_gather_object(everyone, pieces)
-    held = Counter(piece for one in everyone for piece in one)
+    held = Counter(piece for one in mesh.gather(pieces) for piece in one)
     return [held[piece] for piece in pieces]
+
+
+def checksum(tensor):
+    """The sum of its bits, taken as integers of 16."""
+    return tensor.detach().view(torch.int16).sum().item()
 
 
 def clip_gradients(parameters, copies, mesh, limit):

@@ -17,6 +17,7 @@ p: ranks; m: microbatches; v: stages on each rank; actions: F forward, B backwar
 """
 import functools
 import os
+import sys
 import tempfile
 import time
 from types import SimpleNamespace
@@ -347,7 +348,8 @@ def work(rank, file):
     measured = {case: measure(*case, mesh) for case in CASES}
     if rank == 0:
         show({key: max(own[key] for own in everyone) for key in differences}, measured)
-    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)   # why not as Python ends: parallel.start
 
 
 def show(differences, measured):

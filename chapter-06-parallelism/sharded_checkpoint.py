@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from checkpoint import MODEL_FILES, replace_folder, save_model
 from errors import InputError
 from model import ModelConfig, Transformer
+from parallel import checksum
 from tokenizer import load_tokenizer
 
 # DCP logs each error that it raises, with traceback, and warns in a process that runs alone, which is all right here.
@@ -92,28 +93,30 @@ def rectangles(parameters, optimizer):
 # --------------------------------------------------------------------------------------------------- saving
 
 def save_checkpoint(out, config, parameters, optimizer, state, tokenizer, mesh):
-    """Write OUT/checkpoint/ with all ranks, and from it the model files beside it with rank 0."""
+    """Write OUT/checkpoint/ with all ranks, and from it the model files beside it with rank 0, for which the others wait."""
     save_sharded(Path(out) / "checkpoint", config, parameters, optimizer, state, tokenizer, mesh)
     if mesh.is_main:
         export(out)
+    mesh.wait()
 
 
 def save_sharded(folder, config, parameters, optimizer, state, tokenizer, mesh):
     """Write a checkpoint folder; every rank calls this, and all return or all raise.
 
     config: of the whole model. parameters: this rank's weights, each with its piece. state: what else to remember, as JSON can
-    hold it, with "step", and "seed" in its "settings". Raises InputError if the weights are not finite or any rank cannot
-    write; the folder then is as it was.
+    hold it, with "step", and "seed" in its "settings". Raises InputError if the weights are not finite, if copies of them differ,
+    or any rank cannot write; the folder then is as it was.
     """
     parameters = list(parameters)
     tensors = rectangles(parameters, optimizer)
+    compare_copies(tensors, mesh)
     tensors[f"random_state.{mesh.world.rank}"] = whole(torch.get_rng_state())
     layout = {axis: getattr(mesh, axis).size for axis in ("dp", "cp", "pp", "tp", "ep")}
     dtype = str(parameters[0].dtype).removeprefix("torch.")
     state = state | {"sharded": {"ranks": mesh.world.size, "layout": layout, "config": asdict(config), "dtype": dtype}}
     try:
         dcp.save(tensors, storage_writer=Writer(Path(folder), state, tokenizer), planner=Save(parameters),
-                 process_group=mesh.world.pg, no_dist=mesh.world.pg is None)
+                 process_group=mesh.patient, no_dist=mesh.patient is None)
     except CheckpointException as failed:
         error = first_error(failed)
         if isinstance(error, FloatingPointError):
@@ -122,6 +125,24 @@ def save_sharded(folder, config, parameters, optimizer, state, tokenizer, mesh):
         if isinstance(error, OSError):
             raise InputError(f"cannot write a checkpoint to {folder}: {error}; the one before it is complete") from None
         raise   # a mistake in this program
+
+
+def compare_copies(tensors, mesh):
+    """Raise InputError, on all ranks the same, if a rectangle that several ranks hold is not the same on all of them.
+
+    They compute copies from the same sums, bit for bit. Ranks that have drifted apart train on in silence, each from gradients
+    of the others' model; and of all copies DCP writes one.
+    """
+    if mesh.world.size == 1:
+        return
+    sums = {f"{name} from {part.offset}": checksum(part.tensor) for name, part in tensors.items() if not name.startswith("step.")}
+    first = {}   # {rectangle: (checksum, rank)}
+    for rank, theirs in enumerate(mesh.gather(sums)):
+        for rectangle, found in theirs.items():
+            expected, other = first.setdefault(rectangle, (found, rank))
+            if found != expected:
+                raise InputError(f"ranks {other} and {rank} hold copies of {rectangle} that differ, so one of them has computed something"
+                                 " else; the checkpoint before is complete, --resume goes on from there")
 
 
 def first_error(failed):
@@ -214,7 +235,7 @@ def load_sharded(folder, parameters, optimizer, mesh):
     random = torch.get_rng_state()
     if state["sharded"]["ranks"] == mesh.world.size:
         tensors[f"random_state.{mesh.world.rank}"] = whole(random)
-    read(folder, tensors, mesh.world.pg)
+    read(folder, tensors, mesh.patient)
     if state["sharded"]["ranks"] == mesh.world.size:
         torch.set_rng_state(random)
     else:

@@ -44,16 +44,16 @@ def run(main):
         main()
         sys.stdout.flush()
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) > 0:
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(5)   # what all ranks find rank 0 tells, and then torchrun ends the others; what this one alone found it tells
         print(f"error: {error}", file=sys.stderr)
         leave(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
     except BrokenPipeError:   # the reader of our output has left, as in `generate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        leave(1)
     except Exception:
         if "RANK" not in os.environ:
             raise

@@ -42,7 +42,7 @@ from generate import generate
 from model import CONFIGS, Transformer, attention_path, varlen_obstacle
 from precision import DTYPES, GradScaler, StochasticAdamW, autocast, choose_precision
 from report import device_name
-from sharded_checkpoint import load_sharded, read_model, save_checkpoint
+from sharded_checkpoint import load_sharded, read_model, read_state, save_checkpoint
 from tokenizer import Tokenizer
 
 PATIENCE = 20   # steps in a row whose gradient is not finite
@@ -270,7 +270,7 @@ def main():
     device = choose_device(arguments.device)
     arguments.precision = choose_precision(arguments.precision, device)
     dtype = DTYPES[arguments.precision]
-    mesh = parallel.start(device, arguments.dp, arguments.cp, arguments.pp, arguments.tp, arguments.ep)
+    mesh = parallel.start(device, arguments)
     if mesh.world.size > 1 and (arguments.compile or arguments.profile):
         raise InputError("--compile and --profile are for a single process: the compiler cannot follow what the ranks tell each other")
     if arguments.compile and device == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
@@ -293,13 +293,18 @@ def main():
     # state is everything that a resumed run must know besides weights, optimizer and random state.
     state = {"settings": settings, "step": 0, "tokens": 0, "flops": 0, "train_seconds": 0, "seconds": 0, "skipped": 0}
     scaler = GradScaler(arguments.precision)
+    # Ranks that torchrun has started again go on. On several machines only some may know that they have been.
+    arguments.resume = any(mesh.gather(arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
     checkpoint = complete_checkpoint(arguments.out) if arguments.resume else None
-    if mesh.largest(bool(checkpoint)) > bool(checkpoint):
-        raise InputError(f"other ranks find a checkpoint in {arguments.out}, this one does not; all ranks need the same disk")
     if arguments.resume and not checkpoint:
         print(f"no checkpoint in {arguments.out}: starting afresh")
     model, tokenizer = read_model(checkpoint, device) if checkpoint else start_afresh(arguments, train_documents, device)
     config, parameters = model.config, model.num_parameters()
+    if mesh.world.size > 1:
+        parallel.compare(mesh.gather({
+            "data": f"{Path(source).name} with fingerprint {settings['documents']}",
+            "checkpoint": f"of step {read_state(checkpoint)['step']}" if checkpoint else "missing",
+            "sum of the weights": None if checkpoint else sum(map(parallel.checksum, model.parameters()))}))
     model.checkpointing = arguments.checkpointing
 
     if arguments.compile and config.num_experts:
@@ -421,6 +426,7 @@ def main():
             if mesh.is_main:
                 writer.add_scalar("validation/bits_per_byte_of_an_eighth", bits, state["step"])
                 writer.add_text("sample", write_sample(load_model(arguments.out, sampler)[0], tokenizer, val_documents[0], 60), state["step"])
+            mesh.wait()
             seen["validation"] = f"{bits:.3f} bits per byte"
     bar.close()
 
@@ -428,7 +434,7 @@ def main():
     state["seconds"] = time.perf_counter() - start
     save_checkpoint(arguments.out, config, data.parameters(), optimizer, state, tokenizer, mesh)
     if not mesh.is_main:
-        return
+        return mesh.wait()
     summary = write_summary(arguments, state, parameters, mesh, source, device, nats, bits)
     writer.add_hparams({**settings, "steps": state["step"]}, {"validation/bits_per_byte": bits}, run_name=".")
     writer.close()
@@ -437,6 +443,7 @@ def main():
           f" {state['tokens']:,} tokens, {state['seconds']:.0f} s; {summary['tokens_per_second']:,.0f} tokens/s")
     prompt = '"ROMEO:" 200' if isinstance(val_documents[0], str) else '--chat "..." 200'
     print(f"talk to it: python {Path(__file__).parent.name}/generate.py {prompt} --checkpoint {arguments.out}")
+    mesh.wait()   # all leave together: torchrun would end rank 0 for another that comes to grief
 
 
 if __name__ == "__main__":

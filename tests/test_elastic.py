@@ -4,6 +4,7 @@ torchrun is the real one; but so that a test costs seconds, it begins warm (warm
 (--run-path --start-method fork). A rank runs this file, which runs train.py. Only one test starts everything cold.
 """
 import contextlib
+import datetime
 import json
 import os
 import random
@@ -37,6 +38,7 @@ def rank(*arguments):
     (folder / f"new.{number}").write_text(str(os.getpid()))
     os.replace(folder / f"new.{number}", folder / f"{os.environ['TORCHELASTIC_RESTART_COUNT']}.{number}")
     chapter = load_chapter(CHAPTER)
+    torch.multiprocessing._prctl_pr_set_pdeathsig(0)   # what is forked is told of its parent's death; what torchrun starts by default is not
     exec(os.environ["BREAK"], globals() | {"chapter": chapter, "rank": int(number), "here": folder.parent})
     with pytest.MonkeyPatch.context() as patch:
         set_up(patch, chapter.train, *arguments)
@@ -142,7 +144,7 @@ def test_killed_ranks_start_again_and_the_run_goes_on(layout, torchrun, text_fil
     kills, dice = int(os.environ.get("KILLS", 2)), random.Random(layout)
     flags = ["--data", text_file, "--batch-tokens", 128, "--save-every", 1, "--steps", 4 * (kills + 1), *layout.split()]
     whole = torchrun(2, *flags, "--out", tmp_path / "whole")
-    run = torchrun(2, *flags, "--out", tmp_path / "out", "--resume", restarts=kills)
+    run = torchrun(2, *flags, "--out", tmp_path / "out", restarts=kills)   # without --resume: it is no new run
     for start in range(kills):
         pids, before = [run.pid(start, rank) for rank in (0, 1)], step(tmp_path / "out")
         if start == 0 or dice.random() < 0.8:   # else in start-up
@@ -175,7 +177,7 @@ def test_every_start_has_its_own_part_of_the_store(monkeypatch):
     for start, machines in ("0", "1"), ("1", "1"), ("2", "2"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
         monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
-        parallel.join("gloo")
+        parallel.join("gloo", {})
     first, second, of_several = joined
     first.set("address", "dead")
     assert first.check(["address"]) and not second.check(["address"])
@@ -191,20 +193,59 @@ def test_a_killed_rank_ends_the_run_with_one_message(torchrun, flags, tmp_path):
     assert "one of them has died" in message and "--resume" in message and not traceback, run.text(1)
 
 
+def gone(pid):
+    """Whether a process has ended; where nobody asks how, it stays in the list, without a command."""
+    try:
+        return not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_killed_torchrun_leaves_no_rank(torchrun, flags, tmp_path):
+    run = torchrun(2, *flags, "--dp", 2, "--steps", 1000)
+    wait(lambda: step(tmp_path / "out") > 0, run)
+    pids = [run.pid(0, rank) for rank in (0, 1)]
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.join()
+    end = time.monotonic() + LONG
+    while not all(map(gone, pids)):
+        assert time.monotonic() < end, "a rank goes on"
+        time.sleep(0.1)
+    (message,), traceback = run.told()
+    assert "torchrun has been killed" in message and "--resume" in message and not traceback, run.text(1)
+    load_chapter(CHAPTER).sharded_checkpoint.gather_model(load_chapter(CHAPTER).checkpoint.complete_checkpoint(tmp_path / "out"))
+
+
+def test_a_killed_torchrun_is_noticed_by_ranks_that_still_start(call, monkeypatch, tmp_path):
+    """Its store was there before they were: there is no use in waiting for it."""
+    parallel, given = load_chapter(CHAPTER).parallel, {}
+
+    def refused(*_, timeout):
+        given["patience"] = timeout.total_seconds()
+        raise torch.distributed.DistNetworkError("the connection was refused\nand so on")
+    monkeypatch.setattr(parallel, "tell_when_ended", lambda: None)
+    monkeypatch.setattr(parallel.dist, "rendezvous", refused)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    refuses(WHOLE, "--steps 1", "localhost:1, connection was refused", call, monkeypatch, tmp_path)
+    assert given["patience"] < 60
+
+
 # What rank 1 does that rank 0 does not: the code, whether it ends in a traceback, and words of the messages.
 ALONE = {
     "dies before it joins": ("""
-def joins(backend):   # rank 0 is there already
+def joins(*how):   # rank 0 is there already
     (here / "waits").touch() if rank == 0 else None
     while not (here / "waits").exists():
         time.sleep(0.01)
-    join(backend) if rank == 0 else os._exit(1)
+    join(*how) if rank == 0 else os._exit(1)
 join, chapter.parallel.join = chapter.parallel.join, joins
 """, False, ["one of them has died"]),
     "raises before it joins": ("def raises(*_): raise ValueError('a bug')\n"
                                "if rank == 1: chapter.train.choose_precision = raises", True, ["one of them has died"]),
     "finds bad input": ("def finds(*_): raise chapter.errors.InputError('only here')\n"
                         "if rank == 1: chapter.train.evaluate = finds", False, ["only here", "one of them has died"]),
+    "dies while the others wait for it": ("if rank == 0: chapter.sharded_checkpoint.export = lambda *_: os._exit(1)", False, []),
     # Python ignores SIGXFSZ: writing more than that into a file is an OSError.
     "has a full disk": ("if rank == 1: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))", False, ["cannot write a checkpoint"])}
 
@@ -247,11 +288,33 @@ WORLDS = [("--dp 2 --tp 2", 2, "is 4 ranks, and torchrun has started 2"), ("--pp
 
 @pytest.mark.parametrize("flags, world, words", WORLDS)
 def test_ranks_that_do_not_fill_the_mesh(flags, world, words, call, monkeypatch, tmp_path):
-    for name, value in ("RANK", 0), ("WORLD_SIZE", world):
-        monkeypatch.setenv(name, str(value)) if world else monkeypatch.delenv(name, raising=False)
+    environment = {"RANK": 0, "WORLD_SIZE": world, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 0} if world else {}
+    refuses(environment, flags, words, call, monkeypatch, tmp_path)
+
+
+def refuses(environment, flags, words, call, monkeypatch, tmp_path):
+    for name in load_chapter(CHAPTER).parallel.TOLD:
+        monkeypatch.setenv(name, str(environment[name])) if name in environment else monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(load_chapter(CHAPTER).errors, "leave", sys.exit)
-    expect_error(call(load_chapter(CHAPTER).train, *flags.split(), "--out", tmp_path / "out"), words)
+    expect_error(call(load_chapter(CHAPTER).train, *flags.split(), "--out", tmp_path / "out"), *words.split(", "))
     assert not (tmp_path / "out").exists()
+
+
+# What torchrun tells its ranks, set by hand, and words of the message.
+HALF = [({"RANK": 0}, "RANK in, not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, unset RANK"), ({"WORLD_SIZE": 2}, "not RANK, unset WORLD_SIZE"),
+        ({"LOCAL_RANK": 0}, "not RANK, unset LOCAL_RANK"), ({"MASTER_ADDR": "localhost", "MASTER_PORT": 1}, "not RANK, unset MASTER_ADDR MASTER_PORT"),
+        ({"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}, "not MASTER_ADDR, MASTER_PORT")]
+WHOLE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+WRONG = [({"RANK": 1}, "RANK=1, WORLD_SIZE=1"), ({"RANK": -1}, "RANK=-1"), ({"RANK": "first"}, "RANK=first"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+         ({"WORLD_SIZE": 0}, "WORLD_SIZE=0"), ({"MASTER_PORT": "http"}, "localhost:http, no store"), ({"MASTER_PORT": 99999}, "localhost:99999, no store")]
+
+
+@pytest.mark.parametrize("environment, words", HALF + [(WHOLE | wrong, words) for wrong, words in WRONG])
+def test_a_rank_that_is_told_half(environment, words, call, monkeypatch, tmp_path):
+    parallel = load_chapter(CHAPTER).parallel
+    monkeypatch.setattr(parallel, "tell_when_ended", lambda: None)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *_, **__: pytest.fail("it has joined"))
+    refuses(environment, "--steps 1", words, call, monkeypatch, tmp_path)
 
 
 def refused(chapter, runs):
@@ -292,6 +355,152 @@ def test_all_ranks_refuse_the_same_for_the_same_reason(ranks, text_file, tmp_pat
     for mine, theirs, (_, arguments, words) in zip(first, second, expected):
         assert mine and words in mine, (arguments, mine)
         assert theirs == mine, (arguments, theirs)
+
+
+# ------------------------------------------------------------------------------------- ranks that do not train the same
+
+SETTINGS = {"--seed": "0", "--steps": "8", "--learning-rate": "0.003", "--precision": "fp32", "--tp": "2", "--resume": "False", "device": "cpu"}
+
+
+@pytest.mark.parametrize("name, other", [("--seed", "1"), ("--steps", "9"), ("--learning-rate", "0.001"), ("--precision", "bf16"),
+                                         ("--tp", "1"), ("--resume", "True"), ("device", "cuda")])
+def test_other_flags_on_one_rank_are_found_before_the_ranks_talk(name, other, monkeypatch):
+    parallel, store = load_chapter(CHAPTER).parallel, torch.distributed.HashStore()
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *_, **__: pytest.fail("it has joined"))
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    messages, given = [], [SETTINGS, SETTINGS, SETTINGS | {name: other}]
+    for rank, settings in enumerate(given):   # the others' are there already
+        for number, text in enumerate(given):
+            store.set(f"settings {number}", json.dumps(text))
+        monkeypatch.setattr(parallel.dist, "rendezvous", lambda *_, _rank=rank, **__: iter([(store, _rank, 3)]))
+        with pytest.raises(load_chapter(CHAPTER).errors.InputError) as error:
+            parallel.join("gloo", settings)
+        messages.append(str(error.value))
+    assert set(messages) == {f"the ranks do not train the same: {name} is {SETTINGS[name]} on rank 0 and {other} on rank 2;"
+                             " all need the same command, data and disk"}
+
+
+def test_another_seed_on_one_rank_ends_the_run_with_one_line(torchrun, flags, tmp_path):
+    broken = ("parse = chapter.train.parse_arguments\ndef other():\n    found = parse()\n    found.seed = rank\n    return found\n"
+              "chapter.train.parse_arguments = other")
+    run = torchrun(2, *flags, "--steps", 3, "--tp", 2, broken=broken)
+    assert run.end() != 0
+    (message,), traceback = run.told()
+    assert "--seed is 0 on rank 0 and 1 on rank 1" in message and not traceback, run.text(1)
+    assert not (tmp_path / "out").exists()
+
+
+def differing(chapter, runs):
+    """In each of two ranks: what train.py says about each of these runs; of each flag's values the rank's own."""
+    rank = torch.distributed.get_rank()
+    return [message(chapter, sizes, *[word if isinstance(word, str) else word[rank] for word in arguments]) for sizes, arguments in runs]
+
+
+def test_another_text_checkpoint_or_model_on_one_rank_is_refused_by_all(ranks, call, text_file, tmp_path):
+    """Whatever is cut. Rank 1 is a machine where a file of that name has something else in it."""
+    here, there, missing = [str(tmp_path / name) for name in ("here", "there", "missing")]
+    other = tmp_path / "other" / text_file.name
+    other.parent.mkdir()
+    other.write_text(text_file.read_text().replace("king", "kind"))
+    flags, texts = ["--data", str(text_file), "--batch-tokens", "100", "--save-every", "1"], [str(text_file), str(other)]
+    for rank, steps in enumerate(("1", "2")):
+        ranks(2, differing, [(SIZES, [*flags, "--steps", steps, "--out", (here, there)[rank]])])
+    again = [*flags, "--steps", "3", "--resume", "--out"]
+    init = [*flags, "--steps", "1", "--out", missing, "--init"]
+    cases = [(layout, ["--data", texts, "--steps", "1", "--out", missing, *layout.split()], f"data is {text_file.name} with fingerprint")
+             for layout in ("--dp 2", "--dp 2 --zero 3", "--tp 2", "--pp 2", "--cp 2")]
+    cases += [("checkpoint", [*again, [here, there]], "checkpoint is of step 1 on rank 0 and of step 2 on rank 1"),
+              ("none", [*again, [here, missing]], "checkpoint is of step 1 on rank 0 and missing on rank 1"),
+              ("init", [*init, [here, there], "--tp", "2"], "sum of the weights")]
+    first, second = ranks(2, differing, [(SIZES, arguments) for _, arguments, _ in cases])
+    for case, mine, theirs in zip(cases, first, second):
+        assert mine and case[2] in mine and theirs == mine, (case, mine, theirs)
+    assert step(tmp_path / "here") == 1 and step(tmp_path / "there") == 2 and step(tmp_path / "missing") == -1
+    # The same text under another name is the same text.
+    copy = tmp_path / "copy" / text_file.name
+    copy.parent.mkdir()
+    shutil.copyfile(text_file, copy)
+    assert ranks(2, differing, [(SIZES, ["--data", [str(text_file), str(copy)], "--steps", "1", "--out", missing])]) == [[None], [None]]
+
+
+def drifting(chapter, text_file, folder, layouts):
+    """In each of two ranks: what it says where rank 1 changes something that both hold, between two checkpoints."""
+    rank, found, save = torch.distributed.get_rank(), {}, chapter.train.save_checkpoint
+    for layout, name, what in layouts:
+        def spoil(out, config, parameters, optimizer, state, *rest):
+            for parameter in parameters if rank == 1 and state["step"] == 2 else []:
+                if parameter.piece.name == name:
+                    with torch.no_grad():
+                        (parameter if what == "weight" else optimizer.state[parameter][what]).view(-1)[3] += 1e-3
+            save(out, config, parameters, optimizer, state, *rest)
+        out = folder / layout.replace(" ", "") / what
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chapter.train, "save_checkpoint", spoil)
+            found[layout, what] = message(chapter, SIZES, "--data", str(text_file), "--batch-tokens", "100", "--steps", "3", "--save-every", "1",
+                                          "--out", str(out), *layout.split()), step(out)
+    return found
+
+
+def test_ranks_that_have_drifted_apart_are_found_when_they_save(ranks, text_file, tmp_path):
+    layouts = [("--dp 2", "model.layers.1.mlp.up_proj.weight", "weight"), ("--dp 2", "model.embed_tokens.weight", "exp_avg_sq"),
+               ("--cp 2", "model.norm.weight", "weight"), ("--tp 2", "model.layers.0.self_attn.q_norm.weight", "weight"),
+               ("--pp 2", "model.embed_tokens.weight", "weight")]
+    first, second = ranks(2, drifting, text_file, tmp_path, layouts)
+    assert first == second
+    for layout, name, what in layouts:
+        told, saved = first[layout, what]
+        assert "ranks 0 and 1" in told and name in told and (what == "weight" or what in told), (layout, told)
+        assert saved == 1   # what was saved before stays
+
+
+# ---------------------------------------------------------------------------------------------------- rank 0 takes its time
+
+def slow(chapter, folder, text_file, patience):
+    """In each of two ranks: a run in which writing, export and sample take longer than the ranks wait for each other otherwise."""
+    rank = torch.distributed.get_rank()
+    torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=patience), torch.distributed.group.WORLD)
+
+    def slowly(real, on, times):
+        waits = [1.5 * patience] * times if rank == on else []
+
+        def wait(*arguments, **named):
+            time.sleep(waits.pop() if waits else 0)
+            (folder / f"{len(waits)} left of {real.__name__}").touch()
+            return real(*arguments, **named)
+        return wait
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, on, times in ((chapter.sharded_checkpoint.Writer, "write_data", 1, 1), (chapter.sharded_checkpoint.Writer, "finish", 0, 1),
+                                       (chapter.sharded_checkpoint, "export", 0, 1), (chapter.train, "write_sample", 0, 2)):
+            patch.setattr(owner, name, slowly(getattr(owner, name), on, times))
+        train(chapter, 2, SIZES, False, "--data", str(text_file), "--batch-tokens", "100", "--steps", "1", "--save-every", "1", "--out", str(folder))
+    return sorted(path.name for path in folder.glob("0 left of *"))
+
+
+def test_the_others_wait_for_rank_0_as_long_as_it_takes(ranks, text_file, tmp_path):
+    """And nobody leaves before it is ready."""
+    assert ranks(2, slow, tmp_path, text_file, 2) == [[f"0 left of {name}" for name in ("export", "finish", "write_data", "write_sample")]] * 2
+
+
+ENDS = """
+import time, types, torch, errors, parallel
+
+class Slow:   # Python ends slowly
+    def __del__(self):
+        print("Python ends")
+
+def main():
+    mesh = parallel.start("cpu", types.SimpleNamespace(dp=1, cp=1, pp=1, tp=1, ep=1))
+    main.slow = Slow()
+    print("trained")
+
+errors.run(main)
+"""
+
+
+def test_a_rank_that_is_ready_leaves_before_python_ends(tmp_path):
+    """One of gloo's threads may want to give back a tensor. Python at its end would stop it, and C++ then aborts the process."""
+    done = warm.run("-c", ENDS, cwd=load_chapter(CHAPTER).folder, env=os.environ | {name: str(value) for name, value in (WHOLE | {"MASTER_PORT": 0}).items()})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "trained\n", "")
 
 
 def test_a_rank_that_dies_in_start_up(text_file, tmp_path):

@@ -61,11 +61,11 @@ def train(chapter, size, sizes, stop, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         if size > 1:   # this process is a rank already
             rank = torch.distributed.get_rank()
-            patch.setattr(chapter.parallel, "join", lambda _: None)
+            patch.setattr(chapter.parallel, "join", lambda *_: None)
             patch.setattr(chapter.parallel, "tell_when_ended", lambda: None)
             patch.setattr(chapter.parallel.atexit, "register", lambda *_: None)
-            patch.setenv("RANK", str(rank))
-            patch.setenv("WORLD_SIZE", str(size))
+            for name, value in {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+                patch.setenv(name, str(value))
         patch.setattr(sys, "stdout", sys.stdout)
         patch.setattr(chapter.train, "SummaryWriter", Recorder)
         patch.setitem(chapter.model.CONFIGS, "small", chapter.model.ModelConfig(**sizes))
