@@ -196,7 +196,7 @@ def fill(batch, budget):
     return PackedBatch(
         input_ids=F.pad(batch.input_ids, (0, missing)),                                  # (budget,)
         targets=F.pad(batch.targets, (0, missing), value=IGNORE),                        # (budget,)
-        position_ids=F.pad(batch.position_ids, (0, missing)),                            # (budget,)
+        position_ids=F.pad(batch.position_ids, (0, missing), value=-1),                  # (budget,), where no document has a token
         cu_seqlens=torch.cat([batch.cu_seqlens, ends]),                                  # (S + missing + 1,)
         max_seqlen=batch.max_seqlen)
 

@@ -28,7 +28,7 @@ from torch.nn.attention.varlen import varlen_attn
 from checkpointing import RUN
 from errors import InputError
 from linear_cross_entropy import linear_cross_entropy
-from moe import MoE
+from moe import MoE, Routing
 from operators import RMSNormalize, grouped_attention, stacks
 from precision import compute_dtype
 
@@ -72,7 +72,7 @@ def qwen3(**sizes):
 CONFIGS = {
     "small": ModelConfig(),
     # Two experts of width 192 are as much work for a token as the MLP of small. In a short run the balance must be found soon.
-    "small-moe": ModelConfig(num_experts=8, router_aux_loss_coef=0.01),
+    "small-moe": ModelConfig(num_experts=8, router_aux_loss_coef=0.02),
     "qwen3-0.6b": qwen3(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
     "qwen3-1.7b": qwen3(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16),
     "qwen3-4b": qwen3(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
@@ -221,9 +221,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config, MLP) if config.num_experts else MLP(config)
 
-    def forward(self, x, rotary, packing, attend=packed_attention):
+    def forward(self, x, rotary, packing, attend=packed_attention, *routing):
         x = x + self.self_attn(self.input_layernorm(x), rotary, packing, attend)
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x), *routing)
         return x
 
 
@@ -286,9 +286,12 @@ class Transformer(nn.Module):
         if x is None:
             x = self.model.embed_tokens(input_ids)                                      # (T, D)
         rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, compute_dtype(x))
+        routing = [Routing(position_ids >= 0)] if self.config.num_experts else []   # data.fill fills up with positions -1
         for i, layer in enumerate(self.model.layers):
             attend = attend if cache is None else cache.layers[i].attend
-            x = RUN[self.checkpointing](layer, x, rotary, (cu_seqlens, max_seqlen), attend)
+            x = RUN[self.checkpointing](layer, x, rotary, (cu_seqlens, max_seqlen), attend, *routing)
+        for pack in routing:
+            pack.sum_up()
         if self.model.norm is None:
             return x   # the next stage goes on
         if cache is not None:

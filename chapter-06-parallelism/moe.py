@@ -30,17 +30,36 @@ from parallel import AllToAll, Group
 
 
 class Push(torch.autograd.Function):
-    """x as it is; back, a gradient that comes on top: that of a loss which is trained but never added up."""
+    """x as it is; back, a gradient that comes on top: that of a loss which is trained but never added up.
+
+    gradient: a function, asked on the way back, when all layers have counted.
+    """
 
     @staticmethod
     def forward(ctx, x, gradient):
-        ctx.save_for_backward(gradient)
+        ctx.gradient = gradient
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, dy):
-        gradient, = ctx.saved_tensors
-        return dy + gradient, None
+        return dy + ctx.gradient(), None
+
+
+class Routing:
+    """What the routers of one pack have to know of it, and of each other.
+
+    real (T,): False for tokens that only fill the pack up. counts: {layer: (E,)}, how many of the others each expert got.
+    """
+
+    def __init__(self, real):
+        self.real, self.counts, self.total = real, {}, None
+
+    def sum_up(self):
+        """When all layers have counted: (E,), over the layers, also of other stages, and over the parts of the pack."""
+        if self.total is None and self.counts:   # not when a layer is computed again
+            layer = next(iter(self.counts))
+            self.total = layer.cp.all_reduce(sum(self.counts.values()))
+            self.arriving = layer.pp.all_reduce(self.total, wait=False)   # later stages have not begun; it is needed on the way back
 
 
 class MoE(nn.Module):
@@ -53,48 +72,54 @@ class MoE(nn.Module):
         narrow = replace(config, intermediate_size=config.moe_intermediate_size)
         # By name, not a list: a rank that has only experts 4 to 7 still calls them 4 to 7, as checkpoints do.
         self.experts = nn.ModuleDict({str(i): expert(narrow) for i in range(config.num_experts)})
-        self.ep = self.cp = Group()   # see spread
+        self.ep = self.cp = self.pp = Group()   # see spread
         self.loss_scale = 1.0         # see scale_balance
         self.load = None              # (E,): how many of this rank's tokens each expert got, the last time
 
-    def forward(self, x):
-        """x (T, D) -> (T, D)."""
-        weights, chosen = self.route(x)                                                 # (T, k) each
+    def forward(self, x, routing=None):
+        """x (T, D) -> (T, D). routing: of the pack; None where there is no layer but this one and no token that fills up."""
+        weights, chosen = self.route(x, routing)                                        # (T, k) each
         order = chosen.flatten().argsort(stable=True)                                   # (T k,), expert after expert
         tokens = order // chosen.shape[1]                                               # (T k,), which token each row is
         rows = self.compute(x.index_select(0, tokens), self.load)                       # (T k, D)
         rows = rows * weights.flatten()[order, None].to(rows.dtype)
         return rows.new_zeros(x.shape).index_add(0, tokens, rows)                       # (T, D)
 
-    def route(self, x):
+    def route(self, x, routing=None):
         """Which experts each token of x (T, D) takes and how much of each: weights and numbers of experts, each (T, k)."""
         probabilities = self.gate(x).softmax(-1, dtype=torch.float32)                   # (T, E)
         chosen = probabilities.detach().topk(self.config.num_experts_per_tok).indices   # (T, k)
         self.load = chosen.flatten().bincount(minlength=self.config.num_experts)        # (E,)
         if self.training and torch.is_grad_enabled() and self.config.router_aux_loss_coef > 0:
-            probabilities = Push.apply(probabilities, self.balance_gradient(len(x)))
+            routing = routing or Routing(x.new_ones(len(x), dtype=torch.bool))
+            routing.counts[self] = chosen[routing.real].flatten().bincount(minlength=self.config.num_experts)   # (E,)
+            probabilities = Push.apply(probabilities, lambda: self.balance_gradient(routing))
         weights = probabilities.gather(1, chosen)
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights, chosen
 
-    def balance_gradient(self, T):
-        """(E,): the gradient of the load-balancing loss for the probabilities of any token (Fedus et al. 2021, Switch).
+    def balance_gradient(self, routing):
+        """(T, E): the gradient of the load-balancing loss for the probabilities of each token (Fedus et al. 2021, Switch).
 
         An expert that gets more tokens learns more, becomes better, gets still more; the others wither. The loss against it,
 
-            balance = E * sum over e of f_e P_e,    f_e: tokens that expert e gets, divided by T
+            balance = E * sum over e of f_e P_e,    f_e: tokens that expert e gets, divided by all tokens
                                                     P_e: mean probability of e over the tokens
 
         is smallest, k, where all are equal. f is counted and has no gradient; through P it pushes down the probability of
-        whoever has more than its share. Of a pack we minimize the sum of nats over its tokens, to which this adds
-        coefficient * T * balance, so d / d probability is coefficient * T * E * f_e / T: the same for every token.
+        whoever has more than its share. To the loss of a step, a mean over targets, comes coefficient * balance, a mean over the
+        tokens that the routers see, targets or not, and over the layers: as in transformers, and so the coefficient means the
+        same. d / d probability is coefficient * E * f_e / (tokens of the step * layers).
 
-        T are all tokens that the experts work on, also those that are no target. With context parallel they are those of
-        the whole pack, with data and expert parallel this rank's own: no rank knows the packs of others.
+        As there, f is of all layers together. It is of one pack: no rank knows the packs of others.
         """
-        f = self.cp.all_reduce(self.load.clone()) / (T * self.cp.size)
-        return self.loss_scale * self.config.router_aux_loss_coef * self.config.num_experts * f
+        routing.sum_up()   # where Transformer.forward has not
+        if routing.arriving:
+            routing.arriving.wait()
+        f = self.config.num_experts_per_tok * routing.total / routing.total.sum()       # (E,)
+        factor = self.loss_scale * self.config.router_aux_loss_coef * self.config.num_experts / self.config.num_hidden_layers
+        return factor * f * routing.real[:, None]
 
     def compute(self, rows, counts):
         """rows (R, D) sorted by expert, of which counts (E,) are for each -> what the experts make of them, in the same order."""
@@ -128,7 +153,7 @@ def spread(model, mesh):
     """Leave each rank of mesh.ep its E / ep experts of every layer, after parallel.label. Without experts: nothing to do."""
     check(model.config, mesh.ep.size, mesh.tp.size)
     for layer in layers(model):
-        layer.ep, layer.cp = mesh.ep, mesh.cp
+        layer.ep, layer.cp, layer.pp = mesh.ep, mesh.cp, mesh.pp
         n = len(layer.experts) // mesh.ep.size
         for i in range(len(layer.experts)):
             if i // n != mesh.ep.rank:
@@ -138,7 +163,8 @@ def spread(model, mesh):
 def scale_balance(model, factor):
     """What a loss is multiplied with before backward() the balance must be too, and it does not pass there.
 
-    train.py divides by the targets of the whole step: it calls this before the first pack of each.
+    train.py calls this before the first pack of each step. factor: 1 / tokens of the step, those that fill up left out, times
+    the scale of float16. Not 1 / targets: routers see the tokens that are no targets too.
     """
     for layer in layers(model):
         layer.loss_scale = factor

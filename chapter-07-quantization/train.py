@@ -367,12 +367,13 @@ def main():
             group["lr"] = lr
         with record_function("data"):
             batches = [packed_sequence_collate_fn(chosen) for chosen in itertools.islice(packs, packs_per_step)]
-            state["tokens"] += sum(len(batch.targets) for batch in batches)
+            tokens = sum(len(batch.targets) for batch in batches)
+            state["tokens"] += tokens
             flops = [sum(map(sum, step_flops(config, batch.cu_seqlens).values())) for batch in batches]
             state["flops"] += sum(flops)
             # The mean over targets that count. Dividing by T instead would let the users' questions scale the gradient.
             count = sum((batch.targets != IGNORE).sum().item() for batch in batches)
-            moe.scale_balance(model, scaler.scale / count)
+            moe.scale_balance(model, scaler.scale / tokens)
             batches = data_parallel.share_out(batches, flops, mesh.dp.size)[mesh.dp.rank]
             batches = [fill(batch, arguments.batch_tokens if arguments.compile else parallel.round_up(len(batch.targets), mesh))
                        for batch in batches]

@@ -133,6 +133,70 @@ def test_the_balance_loss_equals_that_of_transformers():
     assert layer.load.sum() == T * K and torch.equal(layer.load, layer.route(x)[1].flatten().bincount(minlength=E))
 
 
+@pytest.mark.parametrize("changes", [dict(), dict(num_experts_per_tok=E), dict(num_experts_per_tok=1), dict(num_experts=1, num_experts_per_tok=1)], ids=str)
+@pytest.mark.parametrize("targets", [39, 4])
+def test_the_whole_loss_of_several_layers_equals_that_of_transformers(tmp_path, changes, targets):
+    """Cross-entropy over the targets and, times the coefficient of config.json, the balance over all tokens and layers."""
+    model = make_model(chapter6, num_hidden_layers=3, router_aux_loss_coef=0.5, **changes)
+    chapter6.model.save_pretrained(model, tmp_path / "ours")
+    reference = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "ours", output_router_logits=True)
+    pack = make_pack(chapter6, (40,))
+    pack.targets[targets:] = -100   # the last token has no target there
+    reference(pack.input_ids[None], labels=F.pad(pack.targets[:-1], (1, 0), value=-100)[None]).loss.backward()
+    chapter6.moe.scale_balance(model, 1 / 40)
+    (loss_sum(model, pack) / targets).backward()
+    assert_same(gradients(model), gradients_as_saved(reference, tmp_path / "gradients"), 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_of_train_has_the_balance_of_all_its_tokens(tmp_path, monkeypatch, precision):
+    """Packs of unequal size, of which one token in ten or so is a target: each pack's balance counts by its tokens."""
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": "a few words " * (3 + i)},
+                                                        {"role": "assistant", "content": "b" * (i % 3 + 1)}]}) for i in range(40)))
+    config = make_model(chapter6, router_aux_loss_coef=0.5).config
+    monkeypatch.setitem(chapter6.model.CONFIGS, "small-moe", replace(config, vocab_size=300, max_position_embeddings=200))
+    found, clip, loss_sum = {}, torch.nn.utils.clip_grads_with_norm_, chapter6.train.loss_sum
+
+    def spy(model, batch, *rest):
+        found.setdefault("packs", []).append((model, batch))
+        return loss_sum(model, batch, *rest)
+    monkeypatch.setattr(chapter6.train, "loss_sum", spy)
+
+    def before_the_step(parameters, *rest):
+        model = found["packs"][0][0]
+        found["gradients"], found["weights"] = gradients(model), {name: w.clone() for name, w in model.state_dict().items()}
+        found["packs"] = [batch for _, batch in found["packs"]]
+        monkeypatch.setattr(chapter6.train, "loss_sum", loss_sum)
+        return clip(parameters, *rest)
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", before_the_step)
+    run_here(chapter6.train, "--config", "small-moe", "--data", chats, "--batch-tokens", 200, "--accumulate", 3, "--steps", 1,
+             "--precision", precision, "--out", tmp_path / "out")
+
+    model = chapter6.checkpoint.load_model(tmp_path / "out")[0].eval()   # which adds no gradient of its own
+    model.load_state_dict(found["weights"])
+    targets = sum((pack.targets != -100).sum() for pack in found["packs"])
+    tokens, loss, logits = sum(len(pack.targets) for pack in found["packs"]), 0, []
+    for layer in chapter6.moe.layers(model):
+        layer.gate.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    for pack in found["packs"]:
+        logits.clear()
+        loss += loss_sum(model, pack, precision) / targets
+        loss += 0.5 * len(pack.targets) / tokens * load_balancing_loss_func(tuple(logits), E, K)
+    loss.backward()
+    assert len(found["packs"]) == 3 and targets < 0.2 * tokens
+    assert_same(found["gradients"], gradients(model), 1e-4 if precision == "fp32" else 2e-2)
+
+
+def test_tokens_that_fill_a_pack_up_do_not_count():
+    pack, expected = make_pack(chapter6), None
+    for T in (len(pack.targets), 64):
+        model = make_model(chapter6, router_aux_loss_coef=0.5)
+        loss_sum(model, chapter6.data.fill(pack, T)).backward()
+        expected = expected or gradients(model)
+        assert_same(gradients(model), expected, 1e-5)
+
+
 def test_steps_against_the_balance_loss_alone_spread_the_tokens():
     layer, x = make_layer(router_aux_loss_coef=1.0), torch.randn(400, 32)
     with torch.no_grad():
