@@ -88,7 +88,7 @@ def read_documents(path, objects):
     for place, contents in objects:
         try:
             documents.append(read_document(contents))
-        except InputError as error:
+        except (InputError, RecursionError) as error:
             raise InputError(f"{path}, {place}: {error}") from None
     return [document for document in documents if document]
 

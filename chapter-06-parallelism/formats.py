@@ -27,21 +27,23 @@ def ending(path):
     return found
 
 
-def open_bytes(path):
-    return gzip.open(path) if Path(path).suffix.lower() == ".gz" else open(path, "rb")
+def read_bytes(path):
+    """What a file holds, uncompressed."""
+    try:
+        with (gzip.open if Path(path).suffix.lower() == ".gz" else open)(path, "rb") as file:
+            return file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is damaged or not compressed by gzip: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
 
 
 def read_utf8(path):
     """The text of a file. The line ends of Windows become \\n, and the mark at the beginning, which is no text, goes."""
     try:
-        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig") as file:
-            return file.read()
+        return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is damaged or not compressed by gzip: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
 
 
 def json_lines(path):
@@ -58,10 +60,9 @@ def table_rows(path):
     """("row N", {column: value}) of each row of a .parquet file."""
     import pyarrow.parquet   # comes with `datasets`, which writes such files; here, because most runs read text
     try:
-        with open_bytes(path) as file:
-            rows = pyarrow.parquet.ParquetFile(file).read().to_pylist()
-    except (pyarrow.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged or no Parquet file: {str(error).splitlines()[0]}") from None
+        rows = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(read_bytes(path))).read().to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged or no Parquet file: {str(error).partition(chr(10))[0]}") from None
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 

@@ -153,14 +153,15 @@ def test_other_formats_are_refused_by_name(chapter, name, tmp_path):
     ("latin1.txt.gz", gzip.compress("th\u00e9".encode("latin-1")), ["byte 2", "UTF-8"]),
     ("no.parquet", TEXT.encode(), ["Parquet"]), ("empty.parquet", b"", ["Parquet"]), ("cut.parquet", TABLE[:-20], ["Parquet"]),
     ("bits.parquet", TABLE[:4] + bytes(len(TABLE) // 2) + TABLE[4 + len(TABLE) // 2:], ["Parquet"]),
-    ("no.parquet.gz", TABLE, ["Parquet"]),
+    ("no.parquet.gz", TABLE, ["gzip"]),
     ("columns.parquet", parquet([{"words": "a"}]), ["row 1", "text", "words"]),
     ("none.parquet", parquet([{"text": "a"}, {"text": None}]), ["row 2", "null"]),
     ("bytes.parquet", parquet([{"text": b"a"}]), ["row 1"]),
     ("array.jsonl", json.dumps([{"text": "a"}, {"text": "b"}]).encode(), ["line 1", "[{"]),
     ("pretty.jsonl", json.dumps({"text": "a"}, indent=2).encode(), ["line 1", "whole object"]),
     ("sharegpt.jsonl", b'{"conversations": [{"from": "human", "value": "x"}]}', ["line 1", "conversations", "from"]),
-    ("null.jsonl", b'{"text": "a"}\n\n{"text": null}', ["line 3", "null"])])
+    ("null.jsonl", b'{"text": "a"}\n\n{"text": null}', ["line 3", "null"]),
+    *[("deep.jsonl", b'{"text":' + b"[" * depth + b"]" * depth + b"}", ["line 1"]) for depth in (900, 990, 100_000)]])
 def test_files_that_do_not_hold_what_their_name_says(chapter, name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     message = refusal(chapter, tmp_path / name)
@@ -179,7 +180,8 @@ MIXED = random.Random(0).sample(SUMS + WORDS, 400)
 @pytest.mark.reaches("validation")
 @pytest.mark.parametrize("documents, words", [
     (SUMS[:1] * 60, ["100%"]), (["a text"] * 60, ["100%"]), (MIXED[:-20] + MIXED[:20], ["50%"]),
-    (SUMS + WORDS, ["sorted"]), (WORDS + SUMS, ["sorted"]), (["x" * i for i in range(1, 2000)], ["sorted"]),
+    (SUMS + WORDS, ["sorted"]), (WORDS + SUMS, ["sorted"]), (SUMS[:54] + WORDS[:6], ["sorted"]),
+    (["x" * i for i in range(1, 2000)], ["sorted"]), (["x" * i for i in range(2000, 0, -1)], ["sorted"]),
     (MIXED, []), (SUMS, []), ([f"{i % 7} and {i}" for i in range(60)], [])])
 def test_a_validation_part_that_is_no_test_is_told_of(chapter, documents, words, capsys):
     cut = len(documents) * 9 // 10
