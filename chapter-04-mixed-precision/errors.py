@@ -37,6 +37,23 @@ def seed(text):
     return number
 
 
+def in_range(name, value, kind, low, high):
+    """A setting as a plain int or float, from low to high. Numbers of numpy and torch count; True, texts and nan do not."""
+    plain = value.tolist() if hasattr(value, "tolist") else value   # of one number tolist() is no list
+    if type(plain) not in (int, kind) or not low <= plain <= high:
+        raise InputError(f"{name} {plain} is not a {'whole ' if kind is int else ''}number from {low} to {high}")
+    return plain
+
+
+def token_ids(ids, vocab_size):
+    """A list of int: of a list, or of a one-dimensional array of numpy or torch."""
+    try:
+        ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+    except TypeError:
+        raise InputError(f"token ids come as a list, not as {ids!r}") from None
+    return [in_range("token id", i, int, 0, vocab_size - 1) for i in ids]
+
+
 def run(main):
     """Run a script's main(). Bad input ends in one line and status 2; anything else is our bug and keeps its traceback."""
     try:

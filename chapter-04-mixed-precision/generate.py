@@ -15,7 +15,15 @@ import torch
 from bpe_from_scratch import valid_unicode
 from checkpoint import load_model
 from data import packed_sequence_collate_fn
-from errors import ArgumentParser, InputError, positive, run, seed
+from errors import ArgumentParser, InputError, in_range, positive, run, seed, token_ids
+
+
+def check_sampling(temperature, top_k, top_p, seed):
+    """The settings of sample() and a seed, as plain numbers."""
+    return (in_range("--temperature", temperature, float, 0, 1e30),
+            None if top_k is None else in_range("--top-k", top_k, int, 1, 2 ** 31 - 1),
+            None if top_p is None else in_range("--top-p", top_p, float, 1e-30, 1),
+            in_range("--seed", seed, int, 0, 2 ** 63 - 1))
 
 
 @torch.no_grad()
@@ -25,18 +33,21 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, temperature=0.8, top_
     An end-of-text token does not end the stream: what follows it is a new document, written with an empty context.
     The end of a turn does: after it, it is the user's turn. An answer to a turn ends at either, as Qwen's own configuration says.
     """
+    temperature, top_k, top_p, seed = check_sampling(temperature, top_k, top_p, seed)
+    context = token_ids(prompt_ids, tokenizer.vocab_size)
+    if not context:
+        raise InputError("a prompt needs at least one token")
     model.eval()
     device = next(model.parameters()).device
     dice = torch.Generator().manual_seed(seed)   # of our own, so that sampling leaves the random state of training alone
-    context = list(prompt_ids)
     ends = {tokenizer.end_of_turn, tokenizer.end_of_text} if tokenizer.end_of_turn in context else {tokenizer.end_of_turn}
-    for _ in range(max_new_tokens):
+    for _ in range(in_range("max_new_tokens", max_new_tokens, int, 1, 2 ** 31 - 1)):
         window = context[-model.config.max_position_embeddings:]   # never trained on more: older tokens drop out
         batch = packed_sequence_collate_fn([(window, window)]).to(device)
         logits = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)[-1].float().cpu()   # (V,)
         logits[tokenizer.vocab_size:] = float("-inf")   # spare rows of the embedding, never a target
-        if logits.isnan().any():
-            raise InputError("the model answers nan instead of scores: its training diverged, or its weights are damaged")
+        if not logits.max().isfinite():   # of a nan and others the largest is nan
+            raise InputError("the model answers nan or inf instead of scores: its training diverged, or its weights are damaged")
         token = sample(logits, temperature, top_k, top_p, dice)
         if token in ends:
             return
@@ -85,10 +96,7 @@ def parse_arguments():
     parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same text")
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
     arguments = parser.parse_args()
-    if not 0 <= arguments.temperature < float("inf"):
-        raise InputError(f"--temperature {arguments.temperature} is not a number from 0 up")
-    if arguments.top_p and arguments.top_p > 1:
-        raise InputError(f"--top-p {arguments.top_p} is not a probability between 0 and 1")
+    check_sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     return arguments
 
 

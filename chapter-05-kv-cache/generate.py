@@ -21,7 +21,7 @@ import torch
 from bpe_from_scratch import valid_unicode
 from checkpoint import load_model
 from data import packed_sequence_collate_fn, read_utf8
-from errors import ArgumentParser, InputError, positive, run, seed
+from errors import ArgumentParser, InputError, in_range, positive, run, seed, token_ids
 from few_rows import for_few_rows
 from kv_cache import ContiguousCache
 
@@ -37,13 +37,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"--temperature {self.temperature} is not a number from 0 up")
-        for name, value in (("top-p", self.top_p), ("min-p", self.min_p)):
-            if value is not None and not 1e-30 < value <= 1:
-                raise InputError(f"--{name} {value} is not a probability between 0 and 1")
-        if not 1e-3 <= self.repetition_penalty <= 1e3:
-            raise InputError(f"--repetition-penalty {self.repetition_penalty} is not between 0.001 and 1000")
+        for name, kind, low, high in (("temperature", float, 0, 1e30), ("top_k", int, 1, 2 ** 31 - 1), ("top_p", float, 1e-30, 1),
+                                      ("min_p", float, 1e-30, 1), ("repetition_penalty", float, 1e-3, 1e3), ("seed", int, 0, 2 ** 63 - 1)):
+            value = getattr(self, name)
+            if value is not None or name not in ("top_k", "top_p", "min_p"):
+                value = in_range(f"--{name.replace('_', '-')}", value, kind, low, high)
+                object.__setattr__(self, name, value)   # frozen against others
 
 
 def generate(model, tokenizer, prompt_ids, max_new_tokens, cached=True, forward=None, **sampling):
@@ -63,11 +62,15 @@ def generate_batch(model, tokenizer, prompts, max_new_tokens, sampling=Sampling(
 
     forward: the compiled model, where there is one; it computes the steps of one token each.
     """
+    prompts = [token_ids(prompt_ids, tokenizer.vocab_size) for prompt_ids in prompts]
+    if not all(prompts):
+        raise InputError("a prompt needs at least one token")
+    max_new_tokens = in_range("max_new_tokens", max_new_tokens, int, 1, 2 ** 31 - 1)
     model.eval()
     weight, limit = model.lm_head.weight, model.config.max_position_embeddings
     # Of our own, so that sampling leaves the random state of training alone; one each, so that no text disturbs another.
     dice = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
-    contexts = dict(enumerate(map(list, prompts)))
+    contexts = dict(enumerate(prompts))
     answers = {row for row, context in contexts.items() if tokenizer.end_of_turn in context}   # each to a turn
     row_length = min(limit, max(map(len, prompts)) + max_new_tokens)
     cache = ContiguousCache(model.config, len(prompts), row_length, weight.device, weight.dtype) if cached else None
@@ -107,7 +110,7 @@ def last_logits(model, windows, cache, forward=None):
 def next_token(logits, context, tokenizer, sampling, dice):
     """One token id from logits (V,), which it may change."""
     logits[tokenizer.vocab_size:] = float("-inf")   # spare rows of the embedding, never a target
-    if not logits.max() < float("inf"):   # false for nan too
+    if not logits.max().isfinite():   # of a nan and others the largest is nan
         raise InputError("the model answers nan or inf instead of scores: its training diverged, or its weights are damaged")
     penalize(logits, context, sampling.repetition_penalty)
     return sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, dice, sampling.min_p)

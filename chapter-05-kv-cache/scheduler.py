@@ -130,6 +130,13 @@ class Scheduler:
         self.pool.release(sequence.table)
         sequence.table, sequence.computed, sequence.hashes = [], 0, []
 
+    def start_over(self, queue):
+        """Nobody knows any more what the blocks hold: all of these sequences, in this order, wait with none."""
+        self.pool.clear()
+        for sequence in queue:
+            sequence.table, sequence.computed, sequence.hashes = [], 0, []
+        self.waiting, self.running = deque(queue), []
+
     def advance(self, sequence, count):
         """`count` tokens have been computed: blocks that they filled are known from now on."""
         P = self.pool.block_size

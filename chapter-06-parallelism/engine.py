@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_model
-from errors import ArgumentParser, InputError, positive, run, seed
+from errors import ArgumentParser, InputError, in_range, positive, run, seed, token_ids
 from few_rows import for_few_rows
 from generate import Sampling, next_token, read_prompts
 from kv_cache import PagedCache
@@ -32,6 +32,9 @@ class Engine:
     """model and tokenizer: of checkpoint.load_model. The others: of PagedCache and Scheduler."""
 
     def __init__(self, model, tokenizer, num_blocks, block_size=16, max_tokens=512, max_sequences=16, prefix_cache=True):
+        for name, value in (("num_blocks", num_blocks), ("block_size", block_size), ("max_tokens", max_tokens),
+                            ("max_sequences", max_sequences)):
+            in_range(name, value, int, 1, 2 ** 31 - 1)
         weight = model.lm_head.weight
         self.model, self.tokenizer = model.eval(), tokenizer
         self.cache = PagedCache(model.config, num_blocks, block_size, weight.device, weight.dtype)
@@ -41,17 +44,20 @@ class Engine:
         """Ask for an answer, or for several to the same prompt. Returns the Sequence, whose answer grows with the steps.
 
         The other samples turn up in what step() returns, with numbers from 1. end_tokens: those that end the answer, the
-        tokenizer's own where it is None. Raises InputError for what can never fit.
+        tokenizer's own where it is None. Raises InputError for what can never fit, and for whatever a step could trip over: there
+        it would stop everybody.
         """
-        limit = self.model.config.max_position_embeddings
-        known = all(0 <= token < self.model.config.vocab_size for token in prompt_ids)
-        if max_new_tokens < 1 or samples < 1 or "" in stop or not known:
-            raise InputError(f"asked for {max_new_tokens} tokens and {samples} samples, with stop texts {list(stop)}: numbers must be"
-                             " above zero, texts not empty, and the prompt's tokens of the model's vocabulary")
+        limit, vocab_size = self.model.config.max_position_embeddings, self.model.config.vocab_size
+        prompt_ids = token_ids(prompt_ids, vocab_size)
+        max_new_tokens = in_range("max_new_tokens", max_new_tokens, int, 1, 2 ** 31 - 1)
+        samples = in_range("samples", samples, int, 1, 2 ** 31 - 1)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise InputError(f"stop texts {stop}: each must be a text that is not empty")
         if len(prompt_ids) + max_new_tokens > limit:
             raise InputError(f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones are more than the model's {limit} positions")
-        ends = (self.tokenizer.end_of_text, self.tokenizer.end_of_turn) if end_tokens is None else end_tokens
-        sequence = Sequence(list(prompt_ids), max_new_tokens, sampling, tuple(ends), tuple(stop), samples)
+        ends = (self.tokenizer.end_of_text, self.tokenizer.end_of_turn) if end_tokens is None else token_ids(end_tokens, vocab_size)
+        sequence = Sequence(prompt_ids, max_new_tokens, sampling, tuple(ends), stop, samples)
         sequence.dice = torch.Generator().manual_seed(sampling.seed)
         self.scheduler.add(sequence)
         return sequence
@@ -67,11 +73,26 @@ class Engine:
     def step(self):
         """Compute one packed batch. Returns [(sequence, token)], what has been answered.
 
-        A sequence whose scores are no numbers is finished ("nan"), without its blocks: the others go on.
+        A sequence whose scores are no numbers is finished ("nan"), without its blocks: the others go on. A step that fails, for
+        want of memory or by Ctrl-C, has not been: whoever ran waits, as after a preemption, and the next step begins with that.
         """
-        chosen = self.scheduler.schedule()
-        if not chosen:
-            return []
+        queue, before = [*self.scheduler.running, *self.scheduler.waiting], []
+        try:
+            chosen = self.scheduler.schedule()
+            before += [(sequence, len(sequence.tokens), sequence.samples, sequence.dice.get_state()) for sequence, _ in chosen]
+            return self.compute(chosen) if chosen else []
+        except BaseException:
+            for sequence, length, samples, dice in before:
+                del sequence.tokens[length:]
+                sequence.samples, sequence.finished = samples, ""
+                sequence.dice.set_state(dice)
+            written = [block for sequence in queue for block in sequence.table]
+            self.scheduler.start_over(queue)
+            self.cache.erase(written)   # in part only, maybe with what is no number
+            raise
+
+    def compute(self, chosen):
+        """The step of these [(sequence, number of its pending tokens)]."""
         for source, target in self.scheduler.copies:
             self.cache.copy_block(source, target)
         counts = [count for _, count in chosen]
@@ -82,16 +103,15 @@ class Engine:
         answered = []
         for (sequence, count), scores in zip(chosen, logits):
             self.scheduler.advance(sequence, count)
+            if not scores[:self.tokenizer.vocab_size].max().isfinite():
+                # Or what is no number would still be there for who gets the blocks next. What others share is theirs.
+                self.cache.erase([block for block in sequence.table if self.scheduler.pool.references[block] == 1])
+                self.scheduler.finish(sequence, "nan", remember=False)
+                continue
             if sequence.pending:
                 continue   # only a part of its prompt: nobody has asked for these scores
             for one in [sequence, *self.fork(sequence)]:
-                try:
-                    one.tokens.append(next_token(scores.clone(), one.tokens, self.tokenizer, one.sampling, one.dice))
-                except InputError:
-                    # Or what is no number would still be there for who gets the blocks next. What others share is theirs.
-                    self.cache.erase([block for block in one.table if self.scheduler.pool.references[block] == 1])
-                    self.scheduler.finish(one, "nan", remember=False)
-                    continue
+                one.tokens.append(next_token(scores.clone(), one.tokens, self.tokenizer, one.sampling, one.dice))
                 answered.append((one, one.tokens[-1]))
                 self.check_end(one)
         return answered

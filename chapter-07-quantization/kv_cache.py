@@ -183,10 +183,13 @@ class BlockPool:
 
     def __init__(self, num_blocks, block_size):
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.free = OrderedDict.fromkeys(range(num_blocks))   # the next to be given away first
-        self.references = [0] * num_blocks                    # sequences that use the block
-        self.hashes = [None] * num_blocks                     # what a full block is known by
-        self.known = {}                                       # {hash: block}
+        self.clear()
+
+    def clear(self):
+        self.free = OrderedDict.fromkeys(range(self.num_blocks))   # the next to be given away first
+        self.references = [0] * self.num_blocks                    # sequences that use the block
+        self.hashes = [None] * self.num_blocks                     # what a full block is known by
+        self.known = {}                                            # {hash: block}
 
     def take(self):
         """A free block, whose old content is forgotten."""

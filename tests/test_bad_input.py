@@ -236,10 +236,13 @@ def test_a_prompt_with_unknown_characters(tmp_path, text_file, call):
     expect_error(call(chapter1.generate, "ROMEO: \u20ac\u00fc", "--checkpoint", tmp_path), "\u20ac", "\u00fc")
 
 
-@pytest.mark.parametrize("flags", [["--temperature", "-1"], ["--top-p", "1.5"], ["--top-k", "0"], ["--max-new-tokens", "0"],
-                                   ["--temperature", "nan"], ["--top-p", "-1"]])
-def test_sampling_flags_that_make_no_sense(chapter, flags, out, call):
-    expect_error(call(chapter.generate, "a", "--checkpoint", out, *flags), flags[0])
+@pytest.mark.parametrize("flag, values", [
+    ("--temperature", ["-1", "nan", "inf", "1e31", "x", ""]), ("--top-p", ["1.5", "-1", "0", "2", "nan", "x"]),
+    ("--top-k", ["0", "-1", "1.5", "nan", str(2 ** 64)]), ("--max-new-tokens", ["0", "-1", "1.5", "nan"]),
+    ("--seed", ["-1", "1.5", "x", str(2 ** 63), str(2 ** 64)])])
+def test_sampling_flags_that_make_no_sense(chapter, flag, values, out, call):
+    for value in values:
+        expect_error(call(chapter.generate, "a", "--checkpoint", out, flag, value), flag)
 
 
 def test_a_closed_pipe_is_no_error(text_file, tmp_path):

@@ -1,6 +1,7 @@
 """Sampling: what is kept, what is drawn, what reaches standard output."""
 import io
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,27 @@ def test_samples_follow_the_distribution(chapter, settings, kept):
     kept_counts, kept_expected = counts[expected > 0], expected[expected > 0]
     chi_square = ((kept_counts - kept_expected) ** 2 / kept_expected).sum().item()
     assert chi_square < 20, (chi_square, counts, expected)   # 4 degrees of freedom: 1 in 2,000 by chance
+
+
+def test_settings_that_make_no_sense(chapter, text_file):
+    """The command line refuses them, and so does generate(), for whoever calls it; numbers of numpy and torch are numbers."""
+    tokenizer = chapter.make_tokenizer(chapter.data.read_text(text_file))
+    model, prompt = chapter.make_model(tokenizer), chapter.prompt_ids(tokenizer, "the king")
+
+    def generate(prompt=prompt, tokens=5, **settings):
+        return list(chapter.generate.generate(model, tokenizer, prompt, tokens, **settings))
+    expected = generate(temperature=0.5, top_k=4, top_p=0.5, seed=3)
+    for one, array in ((np.float64, np.array), (np.float64, torch.tensor)):
+        assert generate(array(prompt), array(5), temperature=one(0.5), top_k=array(4), top_p=one(0.5), seed=array(3)) == expected
+    numbers = [float("nan"), float("inf"), -1, "1", True, [1], np.array([1, 1])]
+    for name, values in {"temperature": [*numbers, None], "top_k": [*numbers, 0, 1.5, 2.0], "top_p": [*numbers, 0, 2],
+                         "seed": [*numbers, None, 1.5, 2 ** 63, 2 ** 64], "tokens": [*numbers, None, 0, 1.5]}.items():
+        for value in values:
+            with pytest.raises(chapter.errors.InputError, match="number from"):
+                generate(**{name: value})
+    for prompt in ([True], [1.5], ["a"], [tokenizer.vocab_size], [-1], [[1]], 5, None, "king", np.array([1.5]), torch.tensor([[1]])):
+        with pytest.raises(chapter.errors.InputError, match="token id"):
+            generate(prompt)
 
 
 def test_same_seed_same_text_and_only_text_on_stdout(chapter, trained, call):

@@ -1,10 +1,13 @@
 """Chapter 5 on: what the cache remembers never changes an answer, whatever is paged, chunked, shared, forked or preempted."""
+import copy
 import itertools
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -307,6 +310,144 @@ def test_stop_texts_end_tokens_and_lengths(chapter, model):
     assert sequences[2].answer == expected
 
 
+class Interrupted:
+    """An engine's step() that Ctrl-C ends at every line of the chapter's code, once at each of a line's first three times in a step."""
+
+    def __init__(self, chapter):
+        self.folder, self.points = str(chapter.folder), set()
+
+    def step(self, engine):
+        """What step() returns, or None where it was interrupted."""
+        times = {}
+
+        def watch(frame, event, _):
+            if not frame.f_code.co_filename.startswith(self.folder):
+                return None
+            if event == "line":
+                line = frame.f_code.co_filename, frame.f_lineno
+                times[line] = times.get(line, 0) + 1
+                if times[line] <= 3 and (*line, times[line]) not in self.points:
+                    self.points.add((*line, times[line]))
+                    sys.settrace(None)
+                    frame.f_trace = None
+                    raise KeyboardInterrupt
+            return watch
+        before = sys.gettrace()
+        sys.settrace(watch)
+        try:
+            return engine.step()
+        except KeyboardInterrupt:
+            return None
+        finally:
+            sys.settrace(before)
+
+
+def check_interrupted(chapter, make_engine, sampling):
+    """Requests with samples, a shared beginning, chunks and preemptions, with and without interruptions: the same answers."""
+    def run(engine, step):
+        answers, shared = {}, text(9, seed=3)
+        for prompt, new, samples in ((text(25, seed=1), 9, 1), (shared, 8, 3), (shared + [5], 6, 1), (shared + [6, 7], 6, 1), (text(3), 6, 1)):
+            engine.add(prompt, new, sampling, samples=samples)
+        while engine.busy():
+            queue = [*engine.scheduler.running, *engine.scheduler.waiting]
+            lengths = [len(sequence.tokens) for sequence in queue]
+            answered = step(engine)
+            check_laws(engine)
+            if answered is None:
+                assert [len(sequence.tokens) for sequence in queue] == lengths and not any(sequence.finished for sequence in queue)
+                assert [*engine.scheduler.running, *engine.scheduler.waiting] == queue
+            for sequence, token in answered or ():
+                answers.setdefault((tuple(sequence.tokens[:sequence.prompt_length]), sequence.number), []).append(token)
+        return answers
+    expected, interrupted = run(make_engine(), lambda engine: engine.step()), Interrupted(chapter)
+    assert run(make_engine(), interrupted.step) == expected and len(expected) == 7
+    assert len(interrupted.points) > 400
+
+
+def test_an_interrupted_step_has_not_been(chapter, model):
+    check_interrupted(chapter, lambda: make_engine(chapter, model, num_blocks=14, max_tokens=16),
+                      chapter.generate.Sampling(temperature=1.0, seed=5))
+
+
+def spoil_a_step(engine, monkeypatch):
+    """A step that writes nan into the cache and then runs out of memory."""
+    table, head = engine.model.model.embed_tokens.weight, engine.model.lm_head
+    kept = table.detach().clone()
+
+    def no_memory(*_):
+        raise RuntimeError("out of memory")
+    with torch.no_grad(), monkeypatch.context() as patch:
+        table.fill_(float("nan"))
+        patch.setattr(head, "forward", no_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.step()
+        table.copy_(kept)
+
+
+def test_a_step_without_memory_leaves_nothing_behind(chapter, model, monkeypatch):
+    engine, model = make_engine(chapter, copy.deepcopy(model), num_blocks=12), model
+    prompts = [text(n, seed=n) for n in (3, 9, 5)]
+    sequences = [engine.add(prompt, 8, greedy_sampling(chapter)) for prompt in prompts]
+    for _ in range(3):
+        spoil_a_step(engine, monkeypatch)
+        check_laws(engine)
+        engine.step()
+    finish(engine)
+    assert [sequence.answer for sequence in sequences] == [greedy(model, prompt, 8) for prompt in prompts]
+
+
+NUMBERS = [np.array, torch.tensor, lambda ids: [np.int64(i) for i in ids], lambda ids: [np.uint8(i) for i in ids],
+           lambda ids: [torch.tensor(i) for i in ids], tuple, iter]
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_prompts_of_any_integers(chapter, model, kind):
+    engine, prompt = make_engine(chapter, model), text(6)
+    sequences = [engine.add(kind(prompt), np.int64(5), greedy_sampling(chapter), samples=torch.tensor(1), end_tokens=kind([V - 1, V - 2])),
+                 engine.add(prompt, 5, greedy_sampling(chapter))]
+    finish(engine)
+    assert [sequence.answer for sequence in sequences] == 2 * [greedy(model, prompt, 5)]
+    assert {type(token) for token in sequences[0].tokens} == {int}
+    answer = list(chapter.generate.generate(model, Words(), kind(prompt), np.int64(5), temperature=np.float32(0), seed=np.int64(3)))
+    assert answer[:3] == greedy(model, prompt, 5)[:3]
+
+
+def test_what_would_trip_a_step_is_refused_where_it_enters(chapter, model):
+    """One line, and the engine goes on with the others."""
+    refused, engine = chapter.errors.InputError, make_engine(chapter, model)
+    good = engine.add(text(6), 5, greedy_sampling(chapter))
+    prompts = [[True], [1.0], [None], ["a"], "abc", None, 5, [], [V], [-1], [[1]], [2 ** 70], np.array([1.5]), np.array([[1]]), np.array(5),
+               torch.tensor([True]), torch.tensor([[1], [2]]), torch.tensor(5), torch.tensor([]), np.array([]), [torch.tensor([1])],
+               [np.bool_(True)], [float("nan")]]
+    for prompt in prompts:
+        with pytest.raises(refused):
+            engine.add(prompt, 3)
+        with pytest.raises(refused):
+            list(chapter.generate.generate(model, Words(), prompt, 3))
+    for number in (0, -1, 1.5, 2.0, True, None, "3", float("nan"), 2 ** 64, np.float64(3), torch.tensor([3, 4])):
+        with pytest.raises(refused):
+            engine.add([1], number)
+        with pytest.raises(refused):
+            engine.add([1], 3, samples=number)
+        with pytest.raises(refused):
+            list(chapter.generate.generate(model, Words(), [1], number))
+        for name in ("num_blocks", "block_size", "max_tokens", "max_sequences"):
+            with pytest.raises(refused, match=name):
+                make_engine(chapter, model, **{name: number})
+    for others in ({"stop": ("",)}, {"stop": (5,)}, {"stop": ""}, {"end_tokens": 5}, {"end_tokens": [[1]]}, {"end_tokens": ["a"]}):
+        with pytest.raises(refused):
+            engine.add([1], 3, **others)
+    finish(engine)
+    assert good.answer == greedy(model, text(6), 5)
+
+
+def test_a_stop_text_may_stand_alone(chapter, model):
+    engine, expected = make_engine(chapter, model), greedy(model, text(10), 8)
+    sequence = engine.add(text(10), 8, greedy_sampling(chapter), stop=Words().decode(expected[4:6]))
+    finish(engine)
+    assert sequence.answer == expected[:6]
+
+
 def test_what_can_never_fit_is_refused(chapter, model):
     engine = make_engine(chapter, model, num_blocks=4)
     for prompt, new, others in (([], 3, {}), (text(10), 7, {}), (text(100), 100, {}), (text(5), 0, {}), ([5, V], 3, {}), ([-1], 3, {}),
@@ -344,6 +485,27 @@ def test_scores_that_are_no_numbers_end_one_answer_and_spoil_no_other(chapter, m
     finish(engine)
     assert [sequence.finished for sequence in bad] == ["nan", "nan"]
     assert [sequence.answer for sequence in good] == [greedy(broken, beginning, 12), greedy(broken, [1, 2, 3], 12)]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "preempted"])
+def test_a_nan_in_the_middle_of_a_prompt_stays_in_no_block(chapter, model, how):
+    """Its prompt is computed in chunks; before the last one it is cancelled, or an older request needs its blocks."""
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[50] = float("nan")
+        broken.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    engine = make_engine(chapter, broken, num_blocks=9, max_tokens=8)
+    old = engine.add(text(6), 14, greedy_sampling(chapter))
+    engine.step()
+    bad = engine.add([50] + text(24), 3, greedy_sampling(chapter), samples=2)
+    engine.step()
+    if how == "cancelled":
+        engine.cancel(bad)
+    finish(engine)
+    assert bad.finished in (how, "nan") and not bad.answer and old.answer == greedy(broken, text(6), 14)
+    later = [engine.add(text(n, seed=1), 5, greedy_sampling(chapter)) for n in (3, 9)]
+    finish(engine)
+    assert [sequence.answer for sequence in later] == [greedy(broken, text(n, seed=1), 5) for n in (3, 9)]
 
 
 def test_nobody_stops_for_the_prompt_of_another(chapter, model):

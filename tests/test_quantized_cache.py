@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chapters import load_chapter, run_here
-from test_kv_cache import V, Words, check_laws, text
+from test_kv_cache import V, Words, check_interrupted, check_laws, spoil_a_step, text
 
 chapter = load_chapter("chapter-07-quantization")
 GREEDY = chapter.generate.Sampling(temperature=0)
@@ -216,6 +216,45 @@ def test_a_nan_ends_one_answer_and_spoils_no_other(model, monkeypatch):
         watched.engine.add(text(n, seed=1), 5, GREEDY)
     watched.finish()
     watched.check_scores(broken)
+
+
+@pytest.mark.parametrize("num_blocks, how", [(64, "cancelled"), (9, "preempted")])
+def test_a_nan_in_the_middle_of_a_prompt_stays_in_no_block(model, monkeypatch, num_blocks, how):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[50] = float("nan")
+    broken.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    watched = Watched(monkeypatch, broken, 4, num_blocks=num_blocks, max_tokens=8)
+    watched.engine.add(text(6), 14, GREEDY)
+    watched.engine.step()
+    bad = watched.engine.add([50] + text(24), 3, GREEDY)
+    watched.engine.step()
+    if how == "cancelled":
+        watched.engine.cancel(bad)
+    for n in (3, 9, 2):
+        watched.engine.add(text(n, seed=1), 5, GREEDY)
+    watched.finish()
+    assert bad.finished in (how, "nan") and not bad.answer
+    watched.check_scores(broken)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_interrupted_step_has_not_been(model, bits):
+    check_interrupted(chapter, lambda: chapter.engine.Engine(model, Words(), 14, P, 16, 8, cache_bits=bits),
+                      chapter.generate.Sampling(temperature=1.0, seed=5))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_step_without_memory_leaves_nothing_behind(model, monkeypatch, bits):
+    watched = Watched(monkeypatch, copy.deepcopy(model), bits, num_blocks=12)
+    sequences = [watched.engine.add(text(n, seed=n), 8, GREEDY) for n in (3, 9, 5)]
+    for _ in range(3):
+        spoil_a_step(watched.engine, monkeypatch)
+        watched.engine.step()
+        watched.check_tails()
+    watched.finish()
+    watched.check_scores(model)
+    assert all(sequence.answer for sequence in sequences)
 
 
 # ------------------------------------------------------------------------------------------------------ what it costs
