@@ -22,7 +22,7 @@ def ending(path):
     path = Path(path)
     found = Path(path.name.lower().removesuffix(".gz")).suffix
     if found not in ENDINGS:
-        raise InputError(f"{path}: {found or 'a file without an ending'} is not read, but {' '.join(ENDINGS)}; unpack it,"
+        raise InputError(f"{path}: {found or 'a file without an ending'} is not read, only {' '.join(ENDINGS)}; unpack it,"
                          ' or convert it to .jsonl with an object like {"text": "..."} on each line, or to .txt')
     return found
 
