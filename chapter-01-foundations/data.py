@@ -203,7 +203,7 @@ def load_tokenizer(path):
         return kind([token.encode("latin-1") for token in saved["tokens"]])
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a tokenizer of this chapter ({error})") from None
 
 

@@ -162,7 +162,7 @@ def peak_memory(device):
 
 def start_afresh(arguments, train_documents, device):
     """Pretrained weights and their tokenizer, or a new tokenizer and a new model for it."""
-    if arguments.init:
+    if arguments.init is not None:
         model, tokenizer = load_model(arguments.init, device, torch.float32)
     else:
         preset = CONFIGS[arguments.config]

@@ -96,6 +96,8 @@ def parse_arguments():
     parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same text")
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
     arguments = parser.parse_args()
+    if (arguments.prompt != "") + (arguments.prompt_flag is not None) + arguments.interactive > 1:
+        raise InputError("PROMPT, --prompt and --interactive each say what to continue; give one of them")
     check_sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     return arguments
 

@@ -164,7 +164,7 @@ def peak_memory(device):
 def start_afresh(arguments, train_documents, device):
     """Pretrained weights and their tokenizer, or a new tokenizer and a new model for it."""
     dtype = torch.bfloat16 if arguments.precision == "bf16-pure" else torch.float32
-    if arguments.init:
+    if arguments.init is not None:
         model, tokenizer = load_model(arguments.init, device, dtype)
     else:
         preset = CONFIGS[arguments.config]

@@ -211,6 +211,8 @@ def parse_arguments():
     parser.add_argument("--timing", action="store_true", help="say on standard error what prefill and decode took")
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
     arguments = parser.parse_args()
+    if (arguments.prompt != "") + (arguments.prompt_flag is not None) + arguments.interactive > 1:
+        raise InputError("PROMPT, --prompt and --interactive each say what to continue; give one of them")
     if arguments.prompts is not None and (arguments.prompt or arguments.prompt_flag or arguments.interactive or arguments.timing):
         raise InputError("--prompts reads all prompts from a file; it goes with no other prompt, nor with --interactive or --timing")
     if arguments.compile and arguments.no_cache:

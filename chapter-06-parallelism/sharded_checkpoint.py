@@ -250,7 +250,9 @@ def read_state(folder):
     try:
         state = json.loads(path.read_text())
         files = state["sharded"]["files"]
-        state["step"], state["settings"]["seed"]   # KeyError: it is the state of something else
+        state["settings"]["seed"]   # KeyError: it is the state of something else
+        if state["step"] not in range(2 ** 31):
+            raise ValueError(f"step {state['step']!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged or not of a sharded checkpoint: {error!r}") from None
     for name in files:

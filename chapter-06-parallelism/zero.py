@@ -27,6 +27,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from errors import InputError
 from parallel import Group, cut
 
 
@@ -198,6 +199,9 @@ def shard_with_torch(model, mesh):
 
     Where experts are spread over ranks, those of a layer are a unit of their own, shared with fewer ranks.
     """
+    if mesh.device_mesh is None:
+        raise InputError("--zero torch shares a model among ranks, which torchrun starts; this process is alone, so leave it out")
+
     def options(group):
         return dict(mesh=DeviceMesh.from_group(group.pg, mesh.device_mesh.device_type),
                     mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))

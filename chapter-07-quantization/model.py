@@ -390,15 +390,15 @@ def read_config(path):
     """config.json, as transformers 4 or 5 writes it, -> ModelConfig. Raises InputError for what this model is not."""
     try:
         saved = json.loads(path.read_text())
-        rope = dict(saved.get("rope_parameters") or saved.get("rope_scaling") or {})   # transformers 5, 4
-        found = {"model_type": None, "rope_theta": rope.get("rope_theta"), "eos_token_id": None,
+        ropes = [dict(saved.get(key) or {}) for key in ("rope_scaling", "rope_parameters")]   # transformers 4, 5, or one added to the other
+        found = {"model_type": None, "rope_theta": (ropes[0] | ropes[1]).get("rope_theta"), "eos_token_id": None,
                  "quantization_config": None, "num_experts": saved.get("num_local_experts")} | saved   # as transformers 5 calls them
-        found |= {"rope_type": rope.get("rope_type", rope.get("type", "default")),
+        found |= {"rope_type": {rope.get("rope_type", rope.get("type", "default")) for rope in ropes},
                   "layer_types": set(saved.get("layer_types") or ()) | {"full_attention"}}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a configuration: {error}") from None
     is_moe = found["model_type"] == "qwen3_moe"
-    known = (SUPPORTED_MOE if is_moe else SUPPORTED) | {"rope_type": "default", "layer_types": {"full_attention"}}
+    known = (SUPPORTED_MOE if is_moe else SUPPORTED) | {"rope_type": {"default"}, "layer_types": {"full_attention"}}
     for key, value in known.items():
         if found.get(key, value) != value:
             raise InputError(f"{path}: {key} is {found[key]!r}; this chapter's model knows only {value!r}")

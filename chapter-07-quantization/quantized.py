@@ -132,7 +132,8 @@ CLASSES = {(8, "float"): Int8Linear, (4, "float"): Int4Linear, (8, "int8"): W8A8
 def is_known(described):
     """Whether `quantization_config` of a config.json is one of ours."""
     return (described.get("quant_method") == QUANT_METHOD and (described.get("bits"), described.get("activations")) in CLASSES
-            and type(described.get("group_size")) is int and described["group_size"] >= 0 and type(described.get("symmetric")) is bool)
+            and type(described.get("group_size")) is int and described["group_size"] >= 0 and type(described.get("symmetric")) is bool
+            and ("outliers" in described) == (described["activations"] == "int8 but outliers"))
 
 
 def check_device(described, widths, device):

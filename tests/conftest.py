@@ -70,6 +70,14 @@ def pytest_runtest_call(item):
         Chapter.allowed = None
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What test_kills.py has killed, and where."""
+    for report in terminalreporter.getreports("passed"):
+        for _, (script, counts) in report.user_properties:
+            where = ", ".join(f"{number} {phase}" for phase, number in sorted(counts.items()))
+            terminalreporter.write_line(f"killed {script} {sum(counts.values())} times, nothing lost: {where}")
+
+
 @pytest.fixture(scope="session", params=TRAINED)
 def chapter(request):
     """Each chapter that has a train.py, in turn."""

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 from hashlib import sha256
 from pathlib import Path
@@ -225,6 +226,25 @@ def test_killed_half_way_then_continued(here, server):
     out, err = again.communicate(timeout=60)
     assert again.returncode == 0 and files(here) == {"file.txt": CONTENT}, err
     assert out == f"{here / 'file.txt'}\n" and server.requests[1].startswith("bytes=")
+
+
+def test_killed_at_any_instant(here, server, record_property):
+    """With KILLS=1000 fifty of them. What is installed is right, what is somebody else's stays, and in the end there is no part."""
+    dice, kills = random.Random(0), max(1, int(os.environ.get("KILLS", 0)) // 20)
+    (here / "file.old").write_text("somebody's")
+    for _ in range(kills):
+        server.mode = dice.choice(["range", "stop"])
+        process = start(here, server.url)
+        time.sleep(dice.uniform(0.1, 0.5))
+        process.kill()
+        process.communicate()
+        found = files(here)
+        assert found.keys() <= {"file.old", "file.txt", "file.txt.part"} and found.get("file.txt", CONTENT) == CONTENT
+        (here / "file.txt").unlink(missing_ok=True)
+    server.mode = "range"
+    out, err = start(here, server.url).communicate(timeout=60)
+    assert files(here) == {"file.txt": CONTENT, "file.old": b"somebody's"}, err
+    record_property("kills", ("data/download.py", {"some time later": kills}))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
