@@ -16,6 +16,7 @@ What a step takes, of the slowest pipeline stage (each function below gives its 
 MFU counts attention in full, 12 * layers * length * width for each token, as PaLM, Megatron, llm-foundry and picotron do. A
 causal kernel does half of that, and half is what the time is made of.
 """
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -169,15 +170,32 @@ class Layout:
         return f"{axes}, zero {self.zero}, {self.microbatches} x {self.micro}" + f", v {self.chunks}" * (self.chunks > 1)
 
 
+@functools.cache
+def spread(gpus, per_node, ranks, stride):
+    """(machines, fewest members in one of them) of the group that has the least of them together, of `ranks` ranks `stride` apart.
+
+    Groups begin at multiples of ranks * stride. Where that does not divide per_node some of them lie across machines.
+    """
+    worst, block = (1, ranks), ranks * stride
+    for start in range(0, min(gpus, math.lcm(block, per_node)), block):
+        for first in range(start, start + min(stride, per_node)):
+            last = first + (ranks - 1) * stride
+            machines = min(ranks, last // per_node - first // per_node + 1)
+            if machines > 1:   # its first machine, its last, and those between
+                fewest = min(-(-(per_node - first % per_node) // stride), last % per_node // stride + 1, max(1, per_node // stride))
+                worst = min(worst, (machines, fewest), key=lambda group: group[1])
+    return worst
+
+
 def wire(cluster, ranks, stride):
     """Bytes/s at which each rank of a group sends, and the share of its bytes that leave the machine. Neighbours in the group are
     `stride` ranks apart. A ring enters and leaves each machine once; NCCL lays as many rings as there are members in it, each
-    over the network card of another one, so together they have all those cards.
+    over the network card of another one, so together they have all those cards. All wait for the group that has the fewest.
     """
-    if ranks * stride <= cluster.per_node:
+    machines, members = spread(cluster.gpus, cluster.per_node, ranks, stride)
+    if machines == 1:
         return LINK * cluster.gpu.inside, 0.0
-    members = max(1, cluster.per_node // stride)
-    return LINK * min(cluster.gpu.inside, members * cluster.gpu.between), 1 / members
+    return LINK * min(cluster.gpu.inside, members * cluster.gpu.between), machines / ranks
 
 
 def recomputed(model, layout):
@@ -356,7 +374,7 @@ def predict(model, length, cluster, layout):
 # ------------------------------------------------------------------------------------------------------- the search
 
 def divisors(n):
-    return [d for d in range(1, n + 1) if n % d == 0]
+    return sorted({d for i in range(1, math.isqrt(n) + 1) if n % i == 0 for d in (i, n // i)})
 
 
 def illegal(model, length, tokens, cluster, dp, cp, pp, tp):
@@ -367,8 +385,10 @@ def illegal(model, length, tokens, cluster, dp, cp, pp, tp):
         return "heads or MLP do not divide by tp"
     if pp > model.layers:
         return "fewer layers than stages"
-    if length % (2 * cp * tp):
+    if cp > 1 and length % (2 * cp * tp):
         return "length does not divide by 2 cp tp"
+    if length % tp:
+        return "length does not divide by tp"
     if tokens % (dp * length):
         return "batch does not divide by dp documents"
 
@@ -395,12 +415,29 @@ def layouts(model, length, tokens, cluster, base=Layout(), zeros=(0, 1, 2, 3), c
     return found, reasons
 
 
+def remedy(model, length, tokens, cluster, **options):
+    """Which change of one flag would make a layout fit, as the end of a message; found by trying. Empty if nothing is found."""
+    twos = [2 ** k for k in range(18)]
+    filled = [gpus for gpus in {*twos, *(cluster.per_node * two for two in twos)}
+              if gpus <= cluster.per_node or gpus % cluster.per_node == 0]
+    tries = [("--gpus", gpus, (length, tokens, replace(cluster, gpus=gpus)))
+             for gpus in sorted(filled, key=lambda gpus: max(gpus / cluster.gpus, cluster.gpus / gpus))]
+    tries += [("--batch-tokens", length * two, (length, length * two, cluster)) for two in twos]
+    tries += [("--length", two, (two, tokens, cluster)) for two in twos[::-1] if tokens % two == 0]
+    for flag, number, (length, tokens, cluster) in tries:
+        if any(sum(memory(model, length, cluster, layout).values()) <= USABLE * cluster.gpu.memory
+               for layout in layouts(model, length, tokens, cluster, **options)[0]):
+            return f"; {flag} {number} would fit"
+    return ""
+
+
 def plan(model, length, tokens, cluster, **options):
     """The best layout of each mesh that fits, fastest first, and why the others do not: [Prediction, ...], Counter of reasons."""
     candidates, reasons = layouts(model, length, tokens, cluster, **options)
     if not candidates:
-        raise InputError(f"no layout of {cluster.gpus} GPUs is possible: {reasons.most_common(1)[0][0]};"
-                         " change --gpus, --length or --batch-tokens")
+        why = ", ".join(f"{number} because {reason}" for reason, number in reasons.most_common())
+        raise InputError(f"none of the {sum(reasons.values())} ways to lay out {cluster.gpus} GPUs is possible, {why}"
+                         + remedy(model, length, tokens, cluster, **options))
     best, least = {}, {}
     for layout in candidates:
         mesh = (layout.dp, layout.cp, layout.pp, layout.tp)
@@ -413,8 +450,10 @@ def plan(model, length, tokens, cluster, **options):
             best[mesh] = prediction
     reasons["memory"] = len(least) - len(best)
     if not best:
-        raise InputError(f"nothing fits: the smallest of {len(candidates):,} layouts takes {min(least.values()) / GiB:,.0f} GiB"
-                         f" of {cluster.gpu.memory / GiB:,.0f} on each GPU; take more GPUs, or less --length or --batch-tokens")
+        usable = USABLE * cluster.gpu.memory / GiB
+        raise InputError(f"nothing fits: the smallest of {len(candidates):,} layouts takes {math.ceil(10 * min(least.values()) / GiB) / 10:,}"
+                         f" GiB on each GPU, and tensors can have {math.floor(10 * usable) / 10:,}, {USABLE:.0%} of its"
+                         f" {cluster.gpu.memory / GiB:,.1f}" + remedy(model, length, tokens, cluster, **options))
     return sorted(best.values(), key=lambda prediction: -prediction.tokens_per_second), +reasons
 
 

@@ -1,6 +1,9 @@
 """Chapter 6: plan.py's formulas against numbers worked out by hand or published, and its predictions against published runs."""
+import itertools
 import json
 import math
+import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -75,6 +78,31 @@ def test_wires():
     assert plan.wire(machines(16), 2, 8) == (0.8 * 50e9, 1)          # all that it sends leaves, by its own card
     assert plan.wire(machines(16), 8, 2) == (0.8 * 200e9, 1 / 4)     # four members in a machine: four cards
     assert plan.wire(machines(128), 128, 1) == (0.8 * 400e9, 1 / 8)  # as fast as NVLink, nearly: why FSDP scales
+
+
+@pytest.mark.parametrize("per_node, gpus, ranks, stride", [
+    (6, 24, 4, 1), (6, 24, 2, 2), (6, 6, 4, 1), (8, 24, 3, 1), (8, 40, 5, 1), (4, 16, 8, 1), (4, 16, 2, 2), (12, 48, 8, 1), (8, 48, 6, 1),
+    (8, 64, 8, 8), (3, 12, 4, 1), (6, 48, 3, 4), (1, 8, 4, 1), (8, 8, 4, 2), (8, 64, 16, 4), (5, 40, 2, 4), (6, 36, 9, 4)])
+def test_the_group_that_lies_across_machines_is_the_slow_one(per_node, gpus, ranks, stride):
+    """Every group counted out: the one with the fewest cards in a machine decides."""
+    block = ranks * stride
+    groups = [[start + first + i * stride for i in range(ranks)] for start in range(0, gpus, block) for first in range(stride)]
+    counts = [[[rank // per_node for rank in group].count(machine) for machine in {rank // per_node for rank in group}] for group in groups]
+    apart = [group for group in counts if len(group) > 1]
+    speed, leaving = plan.wire(replace(machines(gpus), per_node=per_node), ranks, stride)
+    if not apart:
+        assert (speed, leaving) == (0.8 * 450e9, 0)
+    else:
+        worst = min(min(group) for group in apart)
+        assert speed == 0.8 * min(450e9, worst * 50e9)
+        assert leaving in [len(group) / ranks for group in apart if min(group) == worst]
+
+
+def test_tensor_parallel_groups_across_machines_cost_the_network():
+    """4 of 6: ranks 4 and 5 are in one machine, 6 and 7 in the next, and two cards carry what NVLink carries elsewhere."""
+    whole, across = (plan.communication(LLAMA, 8192, replace(machines(24), per_node=n), Layout(dp=6, tp=4))["tp"] for n in (8, 6))
+    assert whole[0] == across[0] and whole[2] == 0 and across[2] == 1 / 2
+    assert across[1] - whole[1] == pytest.approx(whole[0] / 0.8 * (1 / 100e9 - 1 / 450e9))
 
 
 def test_bytes_by_hand():
@@ -167,7 +195,9 @@ def test_why_a_mesh_is_not_possible():
     assert "machine" in why("llama-3.1-8b", 4, 1, 1, 16)
     assert "heads" in why("smollm-1.7b", 21, 1, 1, 3)
     assert "stages" in why("llama-3.1-8b", 1, 1, 64, 1)
-    assert "length" in why("llama-3.1-8b", 1, 64, 1, 1, length=96, tokens=960)
+    assert why("llama-3.1-8b", 1, 64, 1, 1, length=96, tokens=960) == "length does not divide by 2 cp tp"
+    assert why("llama-3.1-8b", 32, 1, 1, 2, length=97, tokens=97 * 32) == "length does not divide by tp"
+    assert why("llama-3.1-8b", 32, 1, 2, 1, length=97, tokens=97 * 32) is None   # nobody cuts it
     assert "batch" in why("llama-3.1-8b", 64, 1, 1, 1, tokens=8192 * 63)
     assert why("llama-3.1-8b", 8, 1, 1, 8) is None
 
@@ -224,14 +254,50 @@ def test_table_of_the_best():
     assert slow != run_here(plan, "--gpus", 16, "--top", 1)   # another cluster, another plan
 
 
+def test_what_a_message_names_fails_and_what_it_says_would_fit_fits():
+    dice, reasons = random.Random(0), {"tp reaches over", "heads or MLP", "fewer layers", "length does", "batch does"}
+    asked = 0
+    for _ in range(60):
+        per_node = dice.choice([1, 2, 6, 8])
+        flags = {"--model": dice.choice(["llama-3.1-8b", "smollm-1.7b", "qwen3-0.6b", "gpt-22b"]), "--per-node": per_node,
+                 "--gpus": per_node * dice.choice([1, 3, 7, 11, 50]), "--length": (length := dice.choice([1001, 4096, 6000])),
+                 "--batch-tokens": length * dice.choice([1, 3, 32]), "--memory": dice.choice([2, 8, 20, 80])}
+        told = message(flags)
+        if told is None:
+            continue
+        asked += 1
+        if "nothing fits" in told:
+            assert not any(reason in told for reason in reasons)
+            takes, usable = (float(number.replace(",", "")) for number in re.findall(r"(?:takes|have) ([\d,]+\.\d)", told))
+            assert takes > usable
+        else:
+            named = re.search("is possible, (.*?)(;|$)", told)[1].split(", ")
+            _, found = plan.layouts(MODELS[flags["--model"]], length, flags["--batch-tokens"],
+                                    plan.cluster("h100", flags["--gpus"], per_node))
+            assert named == [f"{number} because {reason}" for reason, number in found.most_common()]
+        if remedy := re.search(r"; (--[a-z-]+) (\d+) would fit$", told):
+            assert message(flags | {remedy[1]: int(remedy[2])}) is None, (flags, told)
+    assert asked > 20
+
+
+def message(flags):
+    """What is wrong with these flags of plan.py, or None."""
+    try:
+        run_here(plan, *itertools.chain.from_iterable(flags.items()))
+    except chapter.errors.InputError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize("flags, words", [
     (("--gpus", 12), ("--gpus 12", "machines of 8")),
     (("--model", "llama-4"), ("llama-4", "llama-3.1-8b")),
     (("--gpu", "v100"), ("v100", "h100")),
     (("--gpu", "a100", "--precision", "fp8"), ("a100", "fp8")),
-    (("--model", "llama-3.1-405b"), ("nothing fits", "GiB")),
+    (("--model", "llama-3.1-405b"), ("nothing fits", "768.2 GiB", "can have 70.0", "--gpus 128 would fit")),
+    (("--memory", 19.5), ("nothing fits", "17.5 GiB", "can have 17.0, 94% of its 18.2", "--gpus 16 would fit")),
     (("--length", 1000, "--batch-tokens", 1500), ("1500", "--length 1000")),
-    (("--length", 1001, "--batch-tokens", 10010), ("no layout", "length")),
+    (("--gpus", 64, "--length", 1001, "--batch-tokens", 1001), ("64 GPUs is possible", "length does not divide by tp", "--gpus 32 would fit")),
+    (("--gpus", 100_000), ("100000 GPUs is possible", "--gpus 131072 would fit")),
     (("--gpus", 0), ("--gpus",)),
 ])
 def test_bad_input(flags, words, monkeypatch, capsys):
