@@ -29,7 +29,7 @@ from few_rows import SMALL, for_few_rows
 from flops import read_ceiling
 from generate import Sampling, generate_batch
 from model import CONFIGS, Transformer
-from quantized import QUANT_METHOD
+from quantized import WRITTEN_BY
 from report import write_results
 from train import choose_device, keep_memory
 
@@ -53,7 +53,7 @@ def build(config, integers, device, dtype=torch.bfloat16):
     torch.manual_seed(0)
     if integers:
         config = dataclasses.replace(config, quantization_config={
-            "quant_method": QUANT_METHOD, "bits": integers[0], "group_size": integers[1], "symmetric": True,
+            "written_by": WRITTEN_BY, "bits": integers[0], "group_size": integers[1], "symmetric": True,
             "activations": "float"})
     with torch.device("meta"):
         model = Transformer(config).to(dtype)

@@ -23,7 +23,7 @@ from errors import ArgumentParser, InputError, positive, run
 from gptq import gptq
 from integers import Format, choose_scale, to_integers
 from model import Block, Transformer, checkpoint_folder, read_config, read_tensor, rotary_angles, tensor_files
-from quantized import QUANT_METHOD, Int8Embedding, check_device, empty_layer, linear_layers
+from quantized import WRITTEN_BY, Int8Embedding, check_device, empty_layer, linear_layers
 from scaling import awq, clipped, smoothquant
 from tokenizer import load_tokenizer
 from train import choose_device
@@ -238,7 +238,7 @@ def describe(config, method, group, asymmetric, device):
     if bits == 4 and (group % 2 or any(width % group for width in widths)):
         raise InputError(f"--group {group} does not divide all rows, which are {', '.join(map(str, sorted(widths)))} long;"
                          f" {math.gcd(*widths)} does, if it is even")
-    described = {"quant_method": QUANT_METHOD, "method": method, "bits": bits, "group_size": group, "symmetric": not asymmetric,
+    described = {"written_by": WRITTEN_BY, "method": method, "bits": bits, "group_size": group, "symmetric": not asymmetric,
                  "activations": METHODS[method].activations} | ({"outliers": {}} if method == "int8-outliers" else {})
     check_device(described, widths, device)
     return described

@@ -19,7 +19,9 @@ from torch import nn
 from errors import InputError
 from integers import Format, from_integers, pack4, unpack4
 
-QUANT_METHOD = "chapter-07-quantization"   # what config.json calls these files: only this chapter reads them
+# Who wrote a folder, in its config.json. Not under "quant_method", as other formats do it: a method that it does not know, transformers
+# passes over with a warning, and takes integers for weights. A description without one it refuses.
+WRITTEN_BY = "chapter-07-quantization"
 
 
 class Int8Linear(nn.Module):
@@ -131,7 +133,8 @@ CLASSES = {(8, "float"): Int8Linear, (4, "float"): Int4Linear, (8, "int8"): W8A8
 
 def is_known(described):
     """Whether `quantization_config` of a config.json is one of ours."""
-    return (described.get("quant_method") == QUANT_METHOD and (described.get("bits"), described.get("activations")) in CLASSES
+    writers = described.get("written_by"), described.get("quant_method")   # folders of before have the second
+    return (writers in ((WRITTEN_BY, None), (None, WRITTEN_BY)) and (described.get("bits"), described.get("activations")) in CLASSES
             and type(described.get("group_size")) is int and described["group_size"] >= 0 and type(described.get("symmetric")) is bool
             and ("outliers" in described) == (described["activations"] == "int8 but outliers"))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-from chapters import expect_error, load_chapter
+from chapters import CHAPTERS, chapter1, expect_error, load_chapter
 
 chapter = load_chapter("chapter-07-quantization")
 integers, quantized, quantize = chapter.integers, chapter.quantized, chapter.quantize
@@ -351,6 +351,24 @@ def test_a_quantization_that_is_not_ours(tmp_path, full, change, words):
     path.write_text(json.dumps(config))
     with pytest.raises(chapter.errors.InputError, match=words.replace("(", r"\(").replace(")", r"\)") if "|" not in words else "config.json says"):
         chapter.checkpoint.load_model(tmp_path / "small")
+
+
+def test_who_else_opens_the_folder(tmp_path, small, call, text_file):
+    """Whoever does not know what these integers are must say so; but a folder that an earlier quantize.py wrote is known."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, Qwen3Model
+    for reader in (AutoModelForCausalLM, Qwen3ForCausalLM, Qwen3Model):
+        with pytest.raises(ValueError, match="quant"):
+            reader.from_pretrained(small[1])
+    assert AutoTokenizer.from_pretrained(small[1]).encode("the king")
+    expect_error(call(chapter1.generate, "the king", "--checkpoint", small[1]), small[1])
+    for earlier in map(load_chapter, CHAPTERS[1:-1]):
+        expect_error(call(earlier.generate, "the king", "--checkpoint", small[1]), "quantization_config")
+        expect_error(call(earlier.train, "--init", small[1], "--data", text_file, "--out", tmp_path / "run"), "quantization_config")
+    before = shutil.copytree(small[1], tmp_path / "before")
+    config = json.loads((before / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = config["quantization_config"].pop("written_by")
+    (before / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(before), logits(small[1]))
 
 
 def test_weights_that_are_no_numbers(tmp_path, documents):
