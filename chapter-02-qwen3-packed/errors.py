@@ -1,5 +1,6 @@
 """Bad input is part of the interface: one line that says what is wrong and what to do, and exit status 2."""
 import argparse
+import io
 import os
 import sys
 
@@ -16,6 +17,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message} (--help lists all flags)")
+
+    def print_help(self, file=None):
+        print(self.format_help(), end="", flush=True)   # argparse's own would not say that it cannot be written
 
 
 def positive(kind):
@@ -54,17 +58,55 @@ def token_ids(ids, vocab_size):
     return [in_range("token id", i, int, 0, vocab_size - 1) for i in ids]
 
 
+class StandardError(io.FileIO):
+    """What it cannot write is lost, for there is nowhere to say so; the work goes on."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def open_streams():
+    """Let no standard stream end the work by being closed, full or of a narrow encoding."""
+    if sys.stderr is not sys.__stderr__:   # a test or a notebook has streams of its own
+        return
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:   # the next file that is opened would get its number, and what a compiler says would be written there
+            number = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, closefd=False))
+    sys.stdin.reconfigure(errors="surrogateescape")   # see valid_unicode
+    sys.stdout.reconfigure(errors="backslashreplace")
+    raw = StandardError(sys.stderr.fileno(), "w", closefd=False)
+    sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, "backslashreplace", line_buffering=True)
+
+
 def run(main):
-    """Run a script's main(). Bad input ends in one line and status 2; anything else is our bug and keeps its traceback."""
+    """Run a script's main(). Bad input, and what the system refuses (room on the disk, permission), end in one line and status 2;
+    anything else is our bug and keeps its traceback."""
+    open_streams()
     try:
         main()
         sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
     except BrokenPipeError:   # the reader of our output has left, as in `generate.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        leave(1)
+    except OSError as error:
+        print(f"error: {error.filename or 'standard output or a file'}: {error.strerror or error}", file=sys.stderr)
+        leave(2)
+
+
+def leave(status):
+    """sys.exit, even if what is left to be printed cannot be."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # Python will try once more
+    sys.exit(status)

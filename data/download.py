@@ -12,6 +12,7 @@ Exit status: 0 installed, 2 not installed (one line says why), 130 interrupted.
 import argparse
 import hashlib
 import http.client
+import io
 import json
 import os
 import queue
@@ -237,7 +238,43 @@ def download(name):
     return path
 
 
+class StandardError(io.FileIO):
+    """What it cannot write is lost, for there is nowhere to say so; the work goes on."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def open_streams():
+    """Let no standard stream end the work by being closed, full or of a narrow encoding."""
+    if sys.stderr is not sys.__stderr__:   # a test or a notebook has streams of its own
+        return
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:   # the next file that is opened would get its number, and what a compiler says would be written there
+            number = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, closefd=False))
+    sys.stdin.reconfigure(errors="surrogateescape")
+    sys.stdout.reconfigure(errors="backslashreplace")
+    raw = StandardError(sys.stderr.fileno(), "w", closefd=False)
+    sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, "backslashreplace", line_buffering=True)
+
+
 def main():
+    open_streams()
+    try:
+        work()
+        sys.stdout.flush()
+    except OSError as error:
+        say(f"error: standard output cannot be written: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # Python will try once more
+        sys.exit(2)
+
+
+def work():
     parser = argparse.ArgumentParser(description="Download a data set into the folder of this script.")
     parser.add_argument("name", nargs="?", help=f"one of: {', '.join(DATASETS)}")
     parser.add_argument("--list", action="store_true", help="show what there is (so does giving no name)")
@@ -248,9 +285,12 @@ def main():
             print(f"{name:16} {dataset.size / 1e6:5.1f} MB  {state:8}  {dataset.licence:18}  {dataset.source}")
         return
     try:
-        print(download(args.name))
+        path = download(args.name)
     except DownloadError as error:
         say(f"error: {args.name}: {error}")
+        sys.exit(2)
+    except PermissionError as error:   # of a file that somebody else's download has left, too
+        say(f"error: {args.name}: {error.filename}: {error.strerror}")
         sys.exit(2)
     except OSError as error:
         say(f"error: {args.name}: cannot write to {FOLDER}: {error.strerror}")
@@ -258,6 +298,7 @@ def main():
     except KeyboardInterrupt:
         say("interrupted; run this again to continue")
         sys.exit(130)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "chapter-01-foundations"))
+from errors import InputError, run
 
 
 def git(*arguments, folder="."):
@@ -31,12 +29,12 @@ def find(path):
     """The root of the repository we are in, and a file of one of its chapters as seen from there."""
     top = git("rev-parse", "--show-toplevel")
     if top.returncode != 0:
-        fail("this folder is in no git repository")
+        raise InputError("this folder is in no git repository")
     root, full = Path(top.stdout.decode().rstrip("\n")), Path(path).resolve()
     if not full.is_relative_to(root) or not re.match(r"chapter-\d\d-[^/]+/", full.relative_to(root).as_posix()):
-        fail(f"{path} is not in a chapter folder of {root}")
+        raise InputError(f"{path} is not in a chapter folder of {root}")
     if not full.is_file():
-        fail(f"{path} is no file")
+        raise InputError(f"{path} is no file")
     return root, full.relative_to(root)
 
 
@@ -54,7 +52,7 @@ def merge(path, base, fix, chapter):
         merged = git("merge-file", "-p", "-q", "-L", path.parent.name, "-L", f"{chapter} before the fix",
                      "-L", f"{chapter} with the fix", path, "base", "fix", folder=folder)
     if merged.returncode > 127:   # up to 127 it is the number of conflicts
-        fail(f"{path}: {merged.stderr.decode().strip()}")
+        raise InputError(f"{path}: {merged.stderr.decode().strip()}")
     if merged.stdout == before:
         return "already has it"
     temporary = path.with_name(f".{path.name}.merged")   # written beside it, then renamed: never half a file
@@ -64,14 +62,17 @@ def merge(path, base, fix, chapter):
     return conflict if merged.returncode else "merged"
 
 
-def main(path):
+def main():
+    if len(sys.argv) != 2:
+        raise InputError("name one file, as in: python tests/propagate.py chapter-02-qwen3-packed/data.py")
+    path = sys.argv[1]
     root, file = find(path)
     committed = git("cat-file", "blob", f"HEAD:{file.as_posix()}", folder=root)
     if committed.returncode != 0:
-        fail(f"{path} is in no commit yet: there is no version without the fix to compare with")
+        raise InputError(f"{path} is in no commit yet: there is no version without the fix to compare with")
     fix = (root / file).read_bytes()
     if fix == committed.stdout:
-        fail(f"{path} is as it was in the last commit: there is no fix to carry forward")
+        raise InputError(f"{path} is as it was in the last commit: there is no fix to carry forward")
     chapter, *rest = file.parts
     later = sorted(folder for folder in root.glob("chapter-*") if folder.is_dir() and folder.name > chapter)
     reports = {folder.name: merge(folder.joinpath(*rest), committed.stdout, fix, chapter) for folder in later}
@@ -81,6 +82,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        fail("name one file, as in: python tests/propagate.py chapter-02-qwen3-packed/data.py")
-    main(sys.argv[1])
+    run(main)

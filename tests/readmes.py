@@ -9,7 +9,7 @@ import json
 import re
 import sys
 
-from chapters import CHAPTERS_ROOT
+from chapters import CHAPTERS_ROOT, chapter1
 
 MARKER = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
@@ -34,7 +34,7 @@ def cell(value):
 
 def table(path):
     """The Markdown table of a results file, followed by where its numbers come from."""
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     columns = result["columns"]
     rows = [list(columns.values()), ["---", *["---:"] * (len(columns) - 1)]]
     rows += [[cell(row.get(key)) for key in columns] for row in result["rows"]]
@@ -46,11 +46,15 @@ def table(path):
 
 def render(readme):
     """The text of a README with its tables made anew."""
-    return MARKER.sub(lambda match: match[1] + table(result_file(readme, match[2])) + match[3], readme.read_text())
+    return MARKER.sub(lambda match: match[1] + table(result_file(readme, match[2])) + match[3], readme.read_text(encoding="utf-8"))
+
+
+def main():
+    if sys.argv[1:] != ["--write"]:
+        raise chapter1.errors.InputError("say --write to render all tables in place")
+    for path in all_readmes():
+        path.write_text(render(path), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--write"]:
-        sys.exit(__doc__)
-    for path in all_readmes():
-        path.write_text(render(path))
+    chapter1.errors.run(main)
