@@ -25,6 +25,11 @@ from model import ModelConfig, Transformer
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
+def beside(path, what):
+    """A name that nobody gives a file of his own, so that what is found under it is ours: left behind by a run that was killed."""
+    return path.with_name(f".{path.name}.{what}")
+
+
 # --------------------------------------------------------------------------------------------------- saving
 
 def save_checkpoint(out, model, tokenizer, optimizer, state):
@@ -39,17 +44,20 @@ def save_checkpoint(out, model, tokenizer, optimizer, state):
 
 
 def write_checkpoint(out, model, tokenizer, optimizer, state):
-    temporary = Path(out) / "checkpoint.tmp"
+    final = Path(out) / "checkpoint"
+    temporary = beside(final, "unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_model(temporary, model, tokenizer)
     tensors = {f"{i}.{key}": value for i, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
     save_file({"random_state": torch.get_rng_state(), **tensors}, temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(json.dumps(state, indent=2))
-    replace_folder(temporary, Path(out) / "checkpoint")
+    shutil.copymode(temporary / "state.json", temporary / "optimizer.safetensors")   # as for the weights
+    replace_folder(temporary, final)
     for name in MODEL_FILES:
-        shutil.copyfile(Path(out) / "checkpoint" / name, Path(out) / f"{name}.tmp")
-        os.replace(Path(out) / f"{name}.tmp", Path(out) / name)
+        copy = beside(Path(out) / name, "unfinished")
+        shutil.copyfile(final / name, copy)
+        os.replace(copy, Path(out) / name)
 
 
 def save_model(folder, model, tokenizer):
@@ -60,6 +68,7 @@ def save_model(folder, model, tokenizer):
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]   # the same table as embed_tokens: stored once
     save_file(weights, folder / "model.safetensors", metadata={"tokenizer": sha256(folder / "tokenizer.json")})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")   # safetensors lets nobody but the owner read it
 
 
 def replace_folder(temporary, final):
@@ -72,7 +81,7 @@ def replace_folder(temporary, final):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    old = final.with_suffix(".old")
+    old = beside(final, "replaced")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
@@ -83,8 +92,19 @@ def replace_folder(temporary, final):
 # -------------------------------------------------------------------------------------------------- loading
 
 def complete_checkpoint(out):
-    """The last complete checkpoint folder of a run, or None."""
-    return next((Path(out) / name for name in ("checkpoint", "checkpoint.old") if (Path(out) / name).is_dir()), None)
+    """The last complete checkpoint folder of a run, or None. The third name is what earlier versions called the second."""
+    final = Path(out) / "checkpoint"
+    return next(filter(Path.is_dir, (final, beside(final, "replaced"), final.with_name("checkpoint.old"))), None)
+
+
+def not_ours(out):
+    """Names in a folder that a run would overwrite or delete although no run has made them."""
+    checkpoint = complete_checkpoint(out)
+    if not checkpoint:
+        return [name for name in (*MODEL_FILES, "summary.json", "checkpoint") if (out / name).exists()]
+    if not (checkpoint / "state.json").is_file():
+        return [f"{checkpoint.name}/ without a state.json"]
+    return [f"{checkpoint.name}/{path.name}" for path in checkpoint.glob("[!.]*") if path.suffix not in (".json", ".safetensors")]
 
 
 def load_model(folder, device="cpu"):
@@ -147,7 +167,7 @@ def read_config(path):
 def read_tensors(path):
     """(tensors, metadata) of a safetensors file; a truncated or foreign file, or one with nan in it, is an InputError."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open(path, "rb"), safe_open(path, framework="pt") as file:   # safe_open calls missing what we are not allowed to read
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file: {error}") from None

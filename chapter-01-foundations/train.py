@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import resource
-import shutil
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import complete_checkpoint, load_model, load_training_state, save_checkpoint
+from checkpoint import complete_checkpoint, load_model, load_training_state, not_ours, save_checkpoint
 from data import (IGNORE, BPETokenizer, CharTokenizer, fetch, load_documents, num_bytes, padded_collate_fn, tokenize,
                   training_windows)
 from errors import ArgumentParser, InputError, positive, run, seed
@@ -61,13 +61,15 @@ def choose_device(name):
 
 
 def prepare_folder(out):
-    """Find out that --out cannot be written before an hour of training, not after."""
+    """Find out that --out cannot be written, or holds what is not ours, before an hour of training, not after."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "probe.tmp").touch()
-        (out / "probe.tmp").unlink()
+        tempfile.TemporaryFile(dir=out).close()
+        found = not_ours(out)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+    if found:
+        raise InputError(f"--out {out} holds {found[0]}, which no run has written and this one would replace; choose another folder")
 
 
 def adamw(model, learning_rate, weight_decay=0.1):
@@ -210,8 +212,8 @@ def main():
     print(f"model   {arguments.config}: {model.num_parameters():,} parameters, {tokenizer.vocab_size:,} {tokenizer.kind} tokens")
     print(f"device  {device} ({device_name(device)}), float32 (chapter 4 uses less);"
           " attention as matrices of all scores (chapter 2 computes fewer)")
-    if not checkpoint:   # the curves of an earlier run would mix with these
-        shutil.rmtree(arguments.out / "tensorboard", ignore_errors=True)
+    for events in () if checkpoint else (arguments.out / "tensorboard").glob("events.out.tfevents.*"):
+        events.unlink()   # the curves of an earlier run would mix with these
     writer = SummaryWriter(arguments.out / "tensorboard", purge_step=state["step"])
     bar = tqdm(total=arguments.steps, initial=state["step"], unit="step", dynamic_ncols=True)
     seen = {}                   # what the bar shows

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import resource
-import shutil
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import complete_checkpoint, load_model, load_training_state, save_checkpoint
+from checkpoint import complete_checkpoint, load_model, load_training_state, not_ours, save_checkpoint
 from data import (IGNORE, fetch, learned_text, load_documents, num_bytes, pack, packed_sequence_collate_fn, tokenize,
                   training_packs)
 from errors import ArgumentParser, InputError, positive, run, seed
@@ -68,13 +68,15 @@ def choose_device(name):
 
 
 def prepare_folder(out):
-    """Find out that --out cannot be written before an hour of training, not after."""
+    """Find out that --out cannot be written, or holds what is not ours, before an hour of training, not after."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "probe.tmp").touch()
-        (out / "probe.tmp").unlink()
+        tempfile.TemporaryFile(dir=out).close()
+        found = not_ours(out)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+    if found:
+        raise InputError(f"--out {out} holds {found[0]}, which no run has written and this one would replace; choose another folder")
 
 
 def adamw(model, learning_rate, weight_decay=0.1):
@@ -142,6 +144,8 @@ def peak_memory(device):
 def start_afresh(arguments, train_documents, device):
     """Pretrained weights and their tokenizer, or a new tokenizer and a new model for it."""
     if arguments.init is not None:
+        if Path(arguments.init).resolve() == arguments.out.resolve():
+            raise InputError(f"--out {arguments.out} is what --init begins with, which would be overwritten; choose another folder")
         model, tokenizer = load_model(arguments.init, device, torch.float32)
     else:
         preset = CONFIGS[arguments.config]
@@ -241,8 +245,8 @@ def main():
           f" {cut:,} of more than {max_length} tokens cut into windows, {len(windows):,} in all")
     print(f"model   {arguments.init or arguments.config}: {model.num_parameters():,} parameters, {tokenizer.vocab_size:,} tokens")
     print(f"device  {device} ({device_name(device)}), {dtype}; {attention_path(device, dtype)}")
-    if not checkpoint:   # the curves of an earlier run would mix with these
-        shutil.rmtree(arguments.out / "tensorboard", ignore_errors=True)
+    for events in () if checkpoint else (arguments.out / "tensorboard").glob("events.out.tfevents.*"):
+        events.unlink()   # the curves of an earlier run would mix with these
     writer = SummaryWriter(arguments.out / "tensorboard", purge_step=state["step"])
     bar = tqdm(total=arguments.steps, initial=state["step"], unit="step", dynamic_ncols=True)
     seen = {}                   # what the bar shows

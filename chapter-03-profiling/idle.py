@@ -299,8 +299,7 @@ def prepare_folder(path):
     """Find out that --traces cannot be written before measuring, not after."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "probe.tmp").touch()
-        (path / "probe.tmp").unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise InputError(f"--traces {path} cannot be written: {error.strerror}") from None
 

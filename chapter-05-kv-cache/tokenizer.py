@@ -158,7 +158,7 @@ def load_tokenizer(folder):
         tokenizer = read_tokenizer_json(folder / "tokenizer.json") if one_file else read_vocab_and_merges(folder)
         tokenizer.eos_token = read_eos_token(folder / "tokenizer_config.json")
         return tokenizer
-    except OSError as error:
+    except FileNotFoundError as error:
         raise InputError(f"{folder} has neither tokenizer.json nor vocab.json and its companions:"
                          f" {Path(error.filename).name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -15,6 +15,7 @@ import math
 import os
 import resource
 import shutil
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ import parallel
 import pipeline_parallel
 import profiling
 import tensor_parallel
-from checkpoint import complete_checkpoint, load_model
+from checkpoint import complete_checkpoint, load_model, not_ours
 from checkpointing import RUN
 from data import (IGNORE, fetch, fill, learned_text, load_documents, num_bytes, pack, packed_sequence_collate_fn, tokenize,
                   training_packs)
@@ -101,13 +102,15 @@ def choose_device(name):
 
 
 def prepare_folder(out):
-    """Find out that --out cannot be written before an hour of training, not after."""
+    """Find out that --out cannot be written, or holds what is not ours, before an hour of training, not after."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "probe.tmp").touch()
-        (out / "probe.tmp").unlink()
+        tempfile.TemporaryFile(dir=out).close()
+        found = not_ours(out)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+    if found:
+        raise InputError(f"--out {out} holds {found[0]}, which no run has written and this one would replace; choose another folder")
 
 
 def keep_memory():
@@ -197,6 +200,8 @@ def start_afresh(arguments, train_documents, device):
     """Pretrained weights and their tokenizer, or a new tokenizer and a new model for it."""
     dtype = torch.bfloat16 if arguments.precision == "bf16-pure" else torch.float32
     if arguments.init is not None:
+        if Path(arguments.init).resolve() == arguments.out.resolve():
+            raise InputError(f"--out {arguments.out} is what --init begins with, which would be overwritten; choose another folder")
         model, tokenizer = load_model(arguments.init, device, dtype)
     else:
         preset = CONFIGS[arguments.config]
@@ -337,8 +342,8 @@ def main():
     if mesh.world.size > 1:
         print(f"mesh    {mesh.world.size} ranks: dp {mesh.dp.size} x cp {mesh.cp.size} x pp {mesh.pp.size} x tp {mesh.tp.size};"
               f" ep {mesh.ep.size}, ZeRO stage {arguments.zero}; rank 0 has {sum(p.numel() for p in data.parameters()):,} parameters")
-    if not checkpoint and mesh.is_main:   # the curves of an earlier run would mix with these
-        shutil.rmtree(arguments.out / "tensorboard", ignore_errors=True)
+    for events in () if checkpoint or not mesh.is_main else (arguments.out / "tensorboard").glob("events.out.tfevents.*"):
+        events.unlink()   # the curves of an earlier run would mix with these
     writer = SummaryWriter(arguments.out / "tensorboard", purge_step=state["step"]) if mesh.is_main else None
     bar = tqdm(total=arguments.steps, initial=state["step"], unit="step", dynamic_ncols=True, disable=not mesh.is_main)
     seen = {}                   # what the bar shows

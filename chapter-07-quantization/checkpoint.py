@@ -8,18 +8,25 @@
 
 Only safetensors and JSON: a pickle runs whatever code it contains when it is opened.
 """
+import contextlib
 import hashlib
 import os
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from errors import InputError
 from model import checkpoint_folder, load_pretrained, save_pretrained
 from tokenizer import load_tokenizer
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+UNFINISHED = ".model.unfinished"   # a folder's model files until all are written
+
+
+def beside(path, what):
+    """A name that nobody gives a file of his own, so that what is found under it is ours: left behind by a run that was killed."""
+    return path.with_name(f".{path.name}.{what}")
 
 
 # --------------------------------------------------------------------------------------------------- saving
@@ -30,17 +37,46 @@ def save_model(folder, model, tokenizer):
     save_pretrained(model, folder, {"tokenizer": sha256(folder / "tokenizer.json")})
 
 
+@contextlib.contextmanager
+def unfinished(folder):
+    """A folder to save_model to. At the end its files move to the given one, where nothing else is touched; after an error none does.
+
+    The configuration moves last: with another model's weights it would be one that there never was. Raises InputError.
+    """
+    folder = Path(folder)
+    made, temporary = not folder.exists(), folder / UNFINISHED
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync(temporary)
+        for name in reversed(MODEL_FILES):
+            os.replace(temporary / name, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write a model to {folder}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):   # it is no longer empty
+                folder.rmdir()
+
+
+def sync(folder):
+    """A name must not reach the disk before the bytes it names."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def replace_folder(temporary, final):
     """Put a finished folder in the place of an older one, so that a complete one exists at every instant.
 
     Renaming is atomic, but a folder cannot be renamed onto another. So the old one steps aside first, and
     complete_checkpoint() looks there too.
     """
-    for path in [*temporary.iterdir(), temporary]:   # a name must not reach the disk before the bytes it names
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    old = final.with_suffix(".old")
+    sync(temporary)
+    old = beside(final, "replaced")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
@@ -51,8 +87,19 @@ def replace_folder(temporary, final):
 # -------------------------------------------------------------------------------------------------- loading
 
 def complete_checkpoint(out):
-    """The last complete checkpoint folder of a run, or None."""
-    return next((Path(out) / name for name in ("checkpoint", "checkpoint.old") if (Path(out) / name).is_dir()), None)
+    """The last complete checkpoint folder of a run, or None. The third name is what earlier versions called the second."""
+    final = Path(out) / "checkpoint"
+    return next(filter(Path.is_dir, (final, beside(final, "replaced"), final.with_name("checkpoint.old"))), None)
+
+
+def not_ours(out):
+    """Names in a folder that a run would overwrite or delete although no run has made them."""
+    checkpoint = complete_checkpoint(out)
+    if not checkpoint:
+        return [name for name in (*MODEL_FILES, "summary.json", "checkpoint") if (out / name).exists()]
+    if not (checkpoint / "state.json").is_file():
+        return [f"{checkpoint.name}/ without a state.json"]
+    return [f"{checkpoint.name}/{path.name}" for path in checkpoint.glob("[!.]*") if path.suffix not in (".json", ".safetensors")]
 
 
 def load_model(dir_or_hub_id, device="cpu", dtype=None):
@@ -61,7 +108,7 @@ def load_model(dir_or_hub_id, device="cpu", dtype=None):
     dtype: of the weights, the file's where it is None. Raises InputError that names the file and the difference.
     """
     folder = checkpoint_folder(dir_or_hub_id)
-    if not any(folder.glob("model*.safetensors")):
+    if not any(path.match("model*.safetensors") for path in folder.iterdir()):   # glob finds nothing where it may not look
         raise InputError(f"no model.safetensors in {folder}; train one first: python {Path(__file__).parent.name}/train.py")
     tokenizer = load_tokenizer(folder)
     model = load_pretrained(folder, device, dtype)

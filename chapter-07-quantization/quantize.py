@@ -9,7 +9,6 @@ the layer's inputs gets them from calibration text, which runs along: each layer
 """
 import ctypes
 import math
-import shutil
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import replace_folder, save_model
+from checkpoint import UNFINISHED, save_model, unfinished
 from data import fetch, load_documents, packed_sequence_collate_fn, tokenize, training_packs
 from errors import ArgumentParser, InputError, positive, run
 from gptq import gptq
@@ -248,7 +247,8 @@ def check_folders(checkpoint, out):
     """Raises InputError where writing out would destroy what is there."""
     if out.resolve() == Path(checkpoint).resolve():
         raise InputError(f"--out {out} is the checkpoint itself; choose another folder")
-    if out.exists() and not out.is_dir() or out.is_dir() and any(out.iterdir()) and not is_quantized(out):
+    others = [path for path in out.iterdir() if path.name != UNFINISHED] if out.is_dir() else []
+    if out.exists() and not out.is_dir() or others and not is_quantized(out):
         raise InputError(f"--out {out} holds something else than a quantized model; choose another folder")
 
 
@@ -259,7 +259,7 @@ def is_quantized(folder):
 def quantize(checkpoint, method, out, group=None, asymmetric=False, documents=(), tokens=16384, device="cpu"):
     """Write the quantized model of a checkpoint folder, or of a name on the hub, to the folder out.
 
-    documents: the calibration text, of which so many tokens are used. The folder appears when all of it has been written.
+    documents: the calibration text, of which so many tokens are used. Its files appear when all of them have been written.
     """
     folder, out = checkpoint_folder(checkpoint), Path(out)
     check_folders(folder, out)
@@ -274,22 +274,14 @@ def quantize(checkpoint, method, out, group=None, asymmetric=False, documents=()
     if METHODS[method].calibrated:
         batches = calibration_batches(documents, tokenizer, tokens, config.max_position_embeddings)
     full = FullModel(folder, config, device)
-    state = quantized_state(full, replace(config, quantization_config=described), METHODS[method], [batch.to(device) for batch in batches])
-    if "outliers" in described:
-        described["outliers"] = {name.removesuffix(".outlier"): len(columns) for name, columns in state.items() if name.endswith(".outlier")}
-    with torch.device("meta"):
-        model = Transformer(replace(config, quantization_config=described))
-    model.load_state_dict(state, strict=False, assign=True)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with unfinished(out) as temporary:   # a folder that cannot be written is found before the work
+        state = quantized_state(full, replace(config, quantization_config=described), METHODS[method], [batch.to(device) for batch in batches])
+        if "outliers" in described:
+            described["outliers"] = {name.removesuffix(".outlier"): len(columns) for name, columns in state.items() if name.endswith(".outlier")}
+        with torch.device("meta"):
+            model = Transformer(replace(config, quantization_config=described))
+        model.load_state_dict(state, strict=False, assign=True)
         save_model(temporary, model, tokenizer)
-        replace_folder(temporary, out)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def return_memory():

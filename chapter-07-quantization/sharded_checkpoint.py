@@ -20,7 +20,6 @@ All ranks must see the same folder: one machine, or a network disk.
 import json
 import logging
 import math
-import os
 import shutil
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +34,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from checkpoint import MODEL_FILES, replace_folder, save_model
+from checkpoint import beside, replace_folder, save_model, unfinished
 from errors import InputError
 from model import ModelConfig, Transformer
 from parallel import checksum
@@ -174,7 +173,7 @@ class Writer(HuggingFaceStorageWriter):
     """DCP's writer, working in a folder beside the final one, which rank 0 puts in its place when all ranks have written."""
 
     def __init__(self, folder, state, tokenizer):
-        super().__init__(folder.with_suffix(".tmp"), save_distributed=True)
+        super().__init__(beside(folder, "unfinished"), save_distributed=True)
         self.folder, self.state, self.tokenizer = folder, state, tokenizer
 
     def prepare_local_plan(self, plan):
@@ -257,7 +256,7 @@ def read_state(folder):
         raise InputError(f"{path} is damaged or not of a sharded checkpoint: {error!r}") from None
     for name in files:
         try:
-            with safe_open(path.with_name(name), framework="pt"):
+            with open(path.with_name(name), "rb"), safe_open(path.with_name(name), framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path.with_name(name)} is damaged or missing: {error}") from None
@@ -330,13 +329,5 @@ def export(out):
     DCP can merge its shards too (enable_consolidation), but all that is in them, moments as well, and into a file whose header
     says neither that it is torch's nor which vocabulary the model was trained with.
     """
-    temporary = Path(out) / "model.tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    with unfinished(out) as temporary:
         save_model(temporary, *gather_model(Path(out) / "checkpoint"))
-        for name in MODEL_FILES:
-            os.replace(temporary / name, Path(out) / name)
-        temporary.rmdir()
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write the model to {out}: {error}; the checkpoint in it is complete") from None

@@ -123,7 +123,7 @@ def flags(text_file, tmp_path):
 
 def step(out):
     """Of the last complete checkpoint; -1 if there is none."""
-    for name in ("checkpoint", "checkpoint.old"):
+    for name in ("checkpoint", ".checkpoint.replaced"):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return json.loads((out / name / "state.json").read_text())["step"]
     return -1

@@ -336,7 +336,7 @@ def full_disk(chapter, folder):
     answers.append(refused(chapter, save, chapter, folder, "rows", size, rank))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     elsewhere = folder.parent / "elsewhere"
-    (elsewhere / "checkpoint.tmp").mkdir(parents=True, exist_ok=True)
+    (elsewhere / ".checkpoint.unfinished").mkdir(parents=True, exist_ok=True)
     answers.append(refused(chapter, save, chapter, elsewhere / "checkpoint" if rank == 1 else folder, "rows", size, rank))
     mesh, parts, optimizer = build(chapter, "rows", size, rank, filled=rank != 3)
     answers.append(refused(chapter, write, chapter, folder, parts, optimizer, mesh))
@@ -429,7 +429,7 @@ def test_export_opens_in_transformers(ranks, chapter, tmp_path, changes):
     tokenizer = tokenizer_of(chapter)
     changes = changes | {"vocab_size": tokenizer.vocab_size}
     ranks(4, save_changed, tmp_path / "checkpoint", "both", changes)
-    (tmp_path / "model.tmp").mkdir()   # what an export that was killed has left
+    (tmp_path / ".model.unfinished").mkdir()   # what an export that was killed has left
     before = torch.get_rng_state()
     chapter.sharded_checkpoint.export(tmp_path)
     assert torch.equal(before, torch.get_rng_state())   # or an export would change the training
