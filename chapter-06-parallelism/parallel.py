@@ -244,7 +244,7 @@ def join(backend, settings):
     # torchrun's store was there before this rank. If it does not answer, torchrun has been killed while torch was imported.
     there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=20) if there else PATIENCE))
+        store, rank, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=10) if there else PATIENCE))
     except (dist.DistError, ValueError) as error:
         raise InputError(f"no store for the ranks at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, where torchrun should keep"
                          f" it: {str(error).splitlines()[0]}") from None
