@@ -48,9 +48,10 @@ def saved_by_a_layer(config, precision, checkpointing):
 
 def predict(config, T, precision="fp32", checkpointing="none", accumulate=1):
     """{what: bytes} of a training step with AdamW, its moments made already; "peak" is the most held at one moment."""
-    D, V, N = config.hidden_size, config.vocab_size, config.num_hidden_layers
+    D, V, F, N = config.hidden_size, config.vocab_size, config.intermediate_size, config.num_hidden_layers
     low = DTYPES[precision].itemsize
     stored = 2 if precision == "bf16-pure" else 4
+    exact = 4 if precision == "fp16" else low   # of what the loss makes, see linear_cross_entropy.py
     matrices, head = weights(config)["linear"], V * D
     parts = {"weights": stored * num_parameters(config), "moments": 2 * stored * num_parameters(config),
              "gradients": stored * num_parameters(config),
@@ -59,21 +60,36 @@ def predict(config, T, precision="fp32", checkpointing="none", accumulate=1):
     kept, everything = (saved_by_a_layer(config, precision, choice) for choice in (checkpointing, "none"))
     last_norm = T * D * (stored + low)
     parts["activations"] = N * T * kept + last_norm
-    # What is there besides while a layer's gradient is made: what was forgotten, anew, and gradients, two as wide as the MLP
-    # and two of what goes from layer to layer.
-    parts["one layer"] = T * (everything - kept + 2 * low * config.intermediate_size + (stored + low) * D)
-    # The loss: gradients of its input and of the head's table, a copy of the table in low precision, and a chunk of logits.
-    logits = min(CHUNK, T) * V
-    chunk = 4 * logits if low == 4 else max(6 * logits, 2 * logits + (low * head if low < stored else 0))
-    parts["loss"] = stored * head + low * T * D + (low * head if low < stored else 0)
+    # What is there besides while a layer's gradient is made, in its MLP, the widest part: what was forgotten, anew, beside what
+    # the layer was given; two gradients as wide as the MLP and one of what goes from layer to layer; and the first of a weight.
+    again = everything - kept + stored * D if checkpointing != "none" else 0
+    parts["one layer"] = T * (again + 2 * low * F + stored * D) + (stored * D * F if accumulate == 1 else 0)
+    # The loss: gradients of its input and of the head's table, and a copy of the table in low precision. A chunk: its logits, as
+    # they come and in float32; or, when they make the gradients, those of its input and, unless it is summed up in place, the
+    # table. In fp16 instead the table itself in float32.
+    parts["loss"] = stored * head + exact * T * D + (low * head if low < stored else 0)
+    tokens, beside = min(CHUNK, T), exact * head if low < stored else 0
+    chunk = max(tokens * V * (4 if low == 4 else 6), exact * tokens * (V + D) + beside)
+    # StochasticAdamW, for a piece of the largest weight: its change, the sum and the bits of that in float32, and of isfinite |x|
+    # and three masks.
+    largest = D * max(V, F, config.num_attention_heads * config.head_dim)
+    parts["optimizer"] = (4 * 4 + 3) * min(1 << 22, largest) if precision == "bf16-pure" else 0
+
     fixed = parts["weights"] + parts["moments"]
     earlier = parts["gradients"] if accumulate > 1 else 0   # of the packs before
-    at_the_loss = fixed + earlier + parts["casts"] + parts["activations"] + parts["loss"] + chunk
-    last_layer = at_the_loss - chunk - last_norm + parts["one layer"]
-    # At the end of the way back: all gradients, and where the head is tied the lookup's, before it is added to the head's. With
-    # gradients of earlier packs there, the head's waits beside them.
-    at_the_end = fixed + parts["gradients"] + stored * head * ((1 + (accumulate > 1)) if config.tie_word_embeddings else 0)
-    return parts | {"peak": max(at_the_loss, last_layer, at_the_end)}
+    table = stored * head   # the head's gradient; where the head is tied it waits for the lookup's
+    waits = table if config.tie_word_embeddings or accumulate == 1 else 0
+    moments = [fixed + earlier + parts["casts"] + parts["activations"] + parts["loss"] + chunk]
+    # On the way back a layer gives up activations and casts for the gradients of its weights. If those are fewer bytes, most is
+    # held at the last layer, which is the first to do so, else at the first.
+    for below in (0, N - 1):   # layers whose turn has not come
+        gradients = 0 if accumulate > 1 else (N - 1 - below) * stored * matrices / N
+        casts = parts["casts"] / N * (1 + below if checkpointing == "none" else 1)   # what is computed again is cast again
+        moments.append(fixed + earlier + waits + gradients + casts + (1 + below) * T * kept + parts["one layer"])
+    # At the end all gradients, and besides that of the lookup, which is added to the head's and to those of earlier packs.
+    lookup = table * (config.tie_word_embeddings + (accumulate > 1)) + stored * T * D
+    moments += [fixed + parts["gradients"] + lookup, fixed + parts["gradients"] + parts["optimizer"]]
+    return parts | {"peak": max(moments)}
 
 
 # ---------------------------------------------------------------------------------------------------------- held
