@@ -13,7 +13,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 import profiling
 from checkpoint import complete_checkpoint, load_model, load_training_state, not_ours, save_checkpoint
+from compiler import check_compiler
 from data import (IGNORE, fetch, fill, learned_text, load_documents, num_bytes, pack, packed_sequence_collate_fn, tokenize,
                   training_packs)
 from errors import ArgumentParser, InputError, positive, run, seed
@@ -238,8 +238,8 @@ def main():
     arguments = parse_arguments()
     device = choose_device(arguments.device)
     dtype = compute_dtype(device)
-    if arguments.compile and device == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-        raise InputError("--compile on a CPU needs a C++ compiler, g++ or clang++; there is none on the path")
+    if arguments.compile:
+        check_compiler(device)
     if arguments.compile and device != "cpu" and varlen_obstacle(torch.device(device), dtype):
         raise InputError(f"--compile on {device} needs attention in one kernel: {varlen_obstacle(torch.device(device), dtype)}")
     prepare_folder(arguments.out)

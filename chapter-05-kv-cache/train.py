@@ -13,7 +13,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -27,6 +26,7 @@ from tqdm import tqdm
 import profiling
 from checkpoint import complete_checkpoint, load_model, load_training_state, not_ours, save_checkpoint
 from checkpointing import RUN
+from compiler import check_compiler
 from data import (IGNORE, fetch, fill, learned_text, load_documents, num_bytes, pack, packed_sequence_collate_fn, tokenize,
                   training_packs)
 from errors import ArgumentParser, InputError, positive, run, seed
@@ -241,8 +241,8 @@ def main():
     device = choose_device(arguments.device)
     arguments.precision = choose_precision(arguments.precision, device)
     dtype = DTYPES[arguments.precision]
-    if arguments.compile and device == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-        raise InputError("--compile on a CPU needs a C++ compiler, g++ or clang++; there is none on the path")
+    if arguments.compile:
+        check_compiler(device)
     if arguments.accumulate > 1 and (arguments.profile or (device == "cuda" and arguments.compile in ("reduce-overhead", "max-autotune"))):
         raise InputError("--accumulate goes neither with --profile, which looks at single packs, nor with recorded launches"
                          " (--compile reduce-overhead or max-autotune), whose gradients the next pack overwrites")

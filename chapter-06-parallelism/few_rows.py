@@ -9,6 +9,7 @@ memory. Two cures: to ask for the same product in another order or dtype, which 
 a page of C++ that reads the weights as fast as the memory gives them. It is used where for_few_rows(model, use_kernel=True)
 asks for it. At work, on a GPU: leave it to torch.compile, whose matrix products for one row do the same.
 """
+import contextlib
 import functools
 import os
 import subprocess
@@ -18,9 +19,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout   # torch stands on it, so it is there
 from torch import nn
 from torch.utils import cpp_extension
 
+from compiler import NEEDED, check_compiler
 from errors import InputError, run
 from flops import read_ceiling
 from operators import CHAPTER
@@ -50,22 +53,39 @@ def linear(x, weight):
     return F.linear(x, weight)
 
 
+@contextlib.contextmanager
+def alone_in(folder):
+    """Of several processes that compile into a folder one works, and the others wait. This lock ends with its process."""
+    lock = FileLock(folder / "compiling")
+    try:
+        held = lock.acquire(timeout=2)
+    except Timeout:
+        print(f"waiting for another process that compiles the same; it holds {lock.lock_file}", file=sys.stderr)
+        held = lock.acquire()
+    with held:
+        yield
+
+
 @functools.cache
 def kernel():
     """few_rows.cpp as an operator; compiled when it is first needed, which takes some ten seconds, and kept on disk."""
     name = f"{CHAPTER}_few_rows"
-    # Two traps of the library: it looks for ninja on the path only, and waits for ever for a compilation that was killed.
-    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
-    lock = Path(cpp_extension._get_build_directory(name, False), "lock")
-    if lock.exists() and time.time() - lock.stat().st_mtime > 300:
-        lock.unlink(missing_ok=True)
+    check_compiler("cpu")
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)   # where ninja is: the library looks on the path only
     try:
-        cpp_extension.load(name, [str(Path(__file__).parent / "few_rows.cpp")], is_python_module=False,
-                           extra_cflags=["-O3", "-march=native", "-ffast-math", "-fopenmp", f"-DLIBRARY={CHAPTER}"],
-                           extra_ldflags=["-fopenmp"])
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        raise InputError(f"few_rows.cpp cannot be compiled ({str(error).splitlines()[0]}); it needs a C++ compiler"
-                         " with OpenMP; without --compile it is not used") from None
+        folder = Path(cpp_extension._get_build_directory(name, False))
+        with alone_in(folder):
+            (folder / "lock").unlink(missing_ok=True)   # the library's own, which outlives a compilation that was killed
+            cpp_extension.load(name, [str(Path(__file__).parent / "few_rows.cpp")], is_python_module=False,
+                               extra_cflags=["-O3", "-march=native", "-ffast-math", "-fopenmp", f"-DLIBRARY={CHAPTER}"],
+                               extra_ldflags=["-fopenmp"])
+    except OSError as error:
+        raise InputError(f"few_rows.cpp cannot be compiled in {error.filename}: {error.strerror}; TORCH_EXTENSIONS_DIR=DIR in the"
+                         " environment chooses another folder") from None
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        problem = next((line for line in str(error).splitlines()[1:] if "rror" in line), error)
+        raise InputError(f"few_rows.cpp cannot be compiled by {os.environ['CXX']} ({problem}); it needs {NEEDED}; without --compile"
+                         " it is not used") from None
     # What torch.compile has to know: the shape of the result.
     torch.library.register_fake(f"{CHAPTER}::few_rows")(lambda x, weight: x.new_empty(len(x), len(weight)))
     return getattr(torch.ops, CHAPTER).few_rows.default

@@ -20,6 +20,7 @@ import torch
 
 from bpe_from_scratch import valid_unicode
 from checkpoint import load_model
+from compiler import check_compiler
 from data import packed_sequence_collate_fn, read_utf8
 from errors import ArgumentParser, InputError, in_range, positive, run, seed, token_ids
 from few_rows import for_few_rows
@@ -226,6 +227,8 @@ def main():
     arguments = parse_arguments()
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p,
                         arguments.repetition_penalty, arguments.seed)
+    if arguments.compile:
+        check_compiler("cpu")
     model, tokenizer = load_model(arguments.checkpoint)
     for_few_rows(model, use_kernel=arguments.compile)
     forward = torch.compile(model, fullgraph=True) if arguments.compile else None

@@ -13,6 +13,7 @@ Weights of 8 or 4 bits (quantized.py) are a half or a quarter of the bytes to re
 into numbers costs less than to read them. PyTorch's own operators for this are in the table of main() too. And what did not count
 beside the reading counts now: attention of one new token in each layer, a dozen calls from Python, is one operator here.
 """
+import contextlib
 import functools
 import os
 import subprocess
@@ -22,9 +23,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout   # torch stands on it, so it is there
 from torch import nn
 from torch.utils import cpp_extension
 
+from compiler import NEEDED, check_compiler
 from errors import InputError, run
 from flops import read_ceiling
 from integers import Format
@@ -59,23 +62,40 @@ def linear(x, weight):
     return F.linear(x, weight)
 
 
+@contextlib.contextmanager
+def alone_in(folder):
+    """Of several processes that compile into a folder one works, and the others wait. This lock ends with its process."""
+    lock = FileLock(folder / "compiling")
+    try:
+        held = lock.acquire(timeout=2)
+    except Timeout:
+        print(f"waiting for another process that compiles the same; it holds {lock.lock_file}", file=sys.stderr)
+        held = lock.acquire()
+    with held:
+        yield
+
+
 @functools.cache
 def operators():
     """The operators of few_rows.cpp; compiled when it is first needed, which takes some ten seconds, and kept on disk."""
     name = f"{CHAPTER}_few_rows"
-    # Two traps of the library: it looks for ninja on the path only, and waits for ever for a compilation that was killed.
-    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
-    lock = Path(cpp_extension._get_build_directory(name, False), "lock")
-    if lock.exists() and time.time() - lock.stat().st_mtime > 300:
-        lock.unlink(missing_ok=True)
+    check_compiler("cpu")
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)   # where ninja is: the library looks on the path only
     # -fno-tree-...: without two passes of GCC, which move what is in registers to memory and back (four rows: 1.3 times faster).
     flags = ["-O3", "-march=native", "-ffast-math", "-fno-tree-ter", "-fno-tree-slp-vectorize", "-fopenmp", f"-DLIBRARY={CHAPTER}"]
     try:
-        cpp_extension.load(name, [str(Path(__file__).parent / "few_rows.cpp")], is_python_module=False, extra_cflags=flags,
-                           extra_ldflags=["-fopenmp"])
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        raise InputError(f"few_rows.cpp cannot be compiled ({str(error).splitlines()[0]}); it needs a C++ compiler"
-                         " with OpenMP; without --compile it is not used") from None
+        folder = Path(cpp_extension._get_build_directory(name, False))
+        with alone_in(folder):
+            (folder / "lock").unlink(missing_ok=True)   # the library's own, which outlives a compilation that was killed
+            cpp_extension.load(name, [str(Path(__file__).parent / "few_rows.cpp")], is_python_module=False, extra_cflags=flags,
+                               extra_ldflags=["-fopenmp"])
+    except OSError as error:
+        raise InputError(f"few_rows.cpp cannot be compiled in {error.filename}: {error.strerror}; TORCH_EXTENSIONS_DIR=DIR in the"
+                         " environment chooses another folder") from None
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        problem = next((line for line in str(error).splitlines()[1:] if "rror" in line), error)
+        raise InputError(f"few_rows.cpp cannot be compiled by {os.environ['CXX']} ({problem}); it needs {NEEDED}; without --compile"
+                         " it is not used") from None
     # What torch.compile has to know: the shape of the result.
     for name in ("few_rows", "few_rows_int8", "few_rows_int4"):
         torch.library.register_fake(f"{CHAPTER}::{name}")(lambda x, weight, *scales: x.new_empty(len(x), len(weight)))

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -35,6 +34,7 @@ import qat
 import tensor_parallel
 from checkpoint import complete_checkpoint, load_model, not_ours
 from checkpointing import RUN
+from compiler import check_compiler
 from data import (IGNORE, fetch, fill, learned_text, load_documents, num_bytes, pack, packed_sequence_collate_fn, tokenize,
                   training_packs)
 from errors import ArgumentParser, InputError, positive, run, seed
@@ -278,8 +278,8 @@ def main():
     mesh = parallel.start(device, arguments)
     if mesh.world.size > 1 and (arguments.compile or arguments.profile):
         raise InputError("--compile and --profile are for a single process: the compiler cannot follow what the ranks tell each other")
-    if arguments.compile and device == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-        raise InputError("--compile on a CPU needs a C++ compiler, g++ or clang++; there is none on the path")
+    if arguments.compile:
+        check_compiler(device)
     if arguments.accumulate > 1 and (arguments.profile or (device == "cuda" and arguments.compile in ("reduce-overhead", "max-autotune"))):
         raise InputError("--accumulate goes neither with --profile, which looks at single packs, nor with recorded launches"
                          " (--compile reduce-overhead or max-autotune), whose gradients the next pack overwrites")
