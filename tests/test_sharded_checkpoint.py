@@ -436,7 +436,7 @@ def test_export_opens_in_transformers(ranks, chapter, tmp_path, changes):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", *chapter.checkpoint.MODEL_FILES}
     assert chapter.checkpoint.read_metadata(tmp_path / "model.safetensors").keys() == {"format", "tokenizer"}
     model, _ = chapter.checkpoint.load_model(tmp_path)
-    assert model.config == config(chapter, **changes)
+    assert model.config == config(chapter, **changes, eos_token_id=[tokenizer.end_of_text, tokenizer.end_of_turn])
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, value("weight", name, parameter.shape)), name
     ids = tokenizer.encode("a word and another word")
