@@ -37,7 +37,7 @@ def rank(*arguments):
     number, folder = os.environ["RANK"], Path(os.environ["PIDS"])
     (folder / f"new.{number}").write_text(str(os.getpid()))
     os.replace(folder / f"new.{number}", folder / f"{os.environ['TORCHELASTIC_RESTART_COUNT']}.{number}")
-    chapter = load_chapter(CHAPTER)
+    chapter = load_chapter(os.environ.get("CHAPTER", CHAPTER))
     torch.multiprocessing._prctl_pr_set_pdeathsig(0)   # what is forked is told of its parent's death; what torchrun starts by default is not
     exec(os.environ["BREAK"], globals() | {"chapter": chapter, "rank": int(number), "here": folder.parent})
     with pytest.MonkeyPatch.context() as patch:
