@@ -127,7 +127,7 @@ def load_training_state(folder, optimizer):
     """Restore optimizer and random state from a checkpoint folder; returns the state that save_checkpoint was given."""
     try:
         state = json.loads((folder / "state.json").read_text())
-        if state["step"] not in range(2 ** 31):   # KeyError: it is the state of something else
+        if not state["step"] >= 0:   # KeyError: it is the state of something else
             raise ValueError(f"step {state['step']!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder / 'state.json'} is damaged: {error!r}") from None

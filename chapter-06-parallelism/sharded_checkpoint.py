@@ -250,7 +250,7 @@ def read_state(folder):
         state = json.loads(path.read_text())
         files = state["sharded"]["files"]
         state["settings"]["seed"]   # KeyError: it is the state of something else
-        if state["step"] not in range(2 ** 31):
+        if not state["step"] >= 0:
             raise ValueError(f"step {state['step']!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged or not of a sharded checkpoint: {error!r}") from None

@@ -905,6 +905,7 @@ def test_ranks(name, row, text_file, tmp_path, call, monkeypatch):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(chapter.errors, "leave", exit)   # a rank would end this process
+    monkeypatch.setattr(chapter.errors.time, "sleep", lambda seconds: None)
     outcome.check(call(chapter.train, "--data", text_file, *chapter.quick, "--steps", 1, *shlex.split(flags), "--out", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
