@@ -8,6 +8,7 @@
 
 Only safetensors and JSON: a pickle runs whatever code it contains when it is opened.
 """
+import filecmp
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from errors import InputError
 from model import checkpoint_folder, load_pretrained, save_pretrained
 from tokenizer import load_tokenizer
 
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
 
 def beside(path, what):
@@ -57,7 +58,15 @@ def write_checkpoint(out, model, tokenizer, optimizer, state):
     for name in MODEL_FILES:
         copy = beside(Path(out) / name, "unfinished")
         shutil.copyfile(final / name, copy)
-        os.replace(copy, Path(out) / name)
+        install(copy, Path(out) / name)
+
+
+def install(file, target):
+    """Rename a finished model file to its place. The weights come last, and go before another model's configuration or tokenizer comes:
+    a kill in between must not leave them beside each other."""
+    if target.suffix == ".json" and not (target.is_file() and filecmp.cmp(file, target, shallow=False)):
+        target.with_name("model.safetensors").unlink(missing_ok=True)
+    os.replace(file, target)
 
 
 def save_model(folder, model, tokenizer):

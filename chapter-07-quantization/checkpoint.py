@@ -9,6 +9,7 @@
 Only safetensors and JSON: a pickle runs whatever code it contains when it is opened.
 """
 import contextlib
+import filecmp
 import hashlib
 import os
 import shutil
@@ -20,7 +21,7 @@ from errors import InputError
 from model import checkpoint_folder, load_pretrained, save_pretrained
 from tokenizer import load_tokenizer
 
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 UNFINISHED = ".model.unfinished"   # a folder's model files until all are written
 
 
@@ -30,6 +31,14 @@ def beside(path, what):
 
 
 # --------------------------------------------------------------------------------------------------- saving
+
+def install(file, target):
+    """Rename a finished model file to its place. The weights come last, and go before another model's configuration or tokenizer comes:
+    a kill in between must not leave them beside each other."""
+    if target.suffix == ".json" and not (target.is_file() and filecmp.cmp(file, target, shallow=False)):
+        target.with_name("model.safetensors").unlink(missing_ok=True)
+    os.replace(file, target)
+
 
 def save_model(folder, model, tokenizer):
     """The four files of MODEL_FILES: all that is needed to use the model."""
@@ -41,7 +50,7 @@ def save_model(folder, model, tokenizer):
 def unfinished(folder):
     """A folder to save_model to. At the end its files move to the given one, where nothing else is touched; after an error none does.
 
-    The configuration moves last: with another model's weights it would be one that there never was. Raises InputError.
+    Raises InputError.
     """
     folder = Path(folder)
     made, temporary = not folder.exists(), folder / UNFINISHED
@@ -50,8 +59,8 @@ def unfinished(folder):
         temporary.mkdir(parents=True)
         yield temporary
         sync(temporary)
-        for name in reversed(MODEL_FILES):
-            os.replace(temporary / name, folder / name)
+        for name in MODEL_FILES:
+            install(temporary / name, folder / name)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write a model to {folder}: {getattr(error, 'strerror', None) or error}") from None
     finally:
