@@ -11,7 +11,6 @@ import contextlib
 import gzip
 import io
 import json
-import os
 import shlex
 import shutil
 
@@ -130,6 +129,7 @@ TEXTS = [   # the situation, a file's name, its contents, what must come out
     ("compressed JSON", "a.jsonl.gz", gzip.compress(lines(*({"text": text} for text in TWENTY)).encode()), works(value=TWENTY)),
     ("compressed text cut off", "a.txt.gz", gzip.compress("\n\n".join(TWENTY).encode())[:-9], refused("a.txt.gz")),
     ("called .gz and is not", "a.txt.gz", "\n\n".join(TWENTY), refused("a.txt.gz")),
+    ("an empty file of JSON", "a.jsonl", "", refused("a.jsonl", "too little text")),
     ("no JSON", "a.jsonl", "not json\n", refused("a.jsonl", "line 1")),
     ("JSON over several lines", "a.jsonl", json.dumps({"text": "a"}, indent=2), refused("a.jsonl", "line 1")),
     ("a line that is a text", "a.jsonl", '{"text": "a"}\n"b"\n', refused("a.jsonl", "line 2")),
@@ -338,6 +338,9 @@ GENERATE = [   # the situation, arguments, what must come out
     ("tokens without end", "R 99999999999", refused("TOKENS")),
     ("a third argument", "R 3 4", refused("4")),
     ("no token, by its flag", "R --max-new-tokens 0", refused("--max-new-tokens")),
+    ("tokens below none, by their flag", "R --max-new-tokens -1", refused("--max-new-tokens")),
+    ("tokens that are no number", "R --max-new-tokens nan", refused("--max-new-tokens")),
+    ("hotter than float32 can be", "R 3 --temperature 1e31", refused("--temperature")),
     ("cold below zero", "R 3 --temperature -1", refused("--temperature")),
     ("a temperature that is no number", "R 3 --temperature nan", refused("--temperature")),
     ("a temperature without end", "R 3 --temperature inf", refused("--temperature")),
@@ -346,12 +349,16 @@ GENERATE = [   # the situation, arguments, what must come out
     ("no token to choose from", "R 3 --top-k 0", refused("--top-k")),
     ("llama.cpp's way to say all", "R 3 --top-k -1", refused("--top-k")),
     ("half a token to choose from", "R 3 --top-k 1.5", refused("--top-k")),
+    ("more choice than a number can say", f"R 3 --top-k {2 ** 64}", refused("--top-k")),
+    ("a probability in words", "R 3 --top-p x", refused("--top-p")),
     ("no probability", "R 3 --top-p 0", refused("--top-p")),
     ("more than all probability", "R 3 --top-p 1.5", refused("--top-p")),
     ("a probability below zero", "R 3 --top-p -0.1", refused("--top-p")),
     ("a probability that is no number", "R 3 --top-p nan", refused("--top-p")),
     ("a seed below zero", "R 3 --seed -1", refused("--seed")),
     ("a seed that torch cannot hold", f"R 3 --seed {2 ** 64}", refused("--seed")),
+    ("a seed one too large", f"R 3 --seed {2 ** 63}", refused("--seed")),
+    ("a seed in words", "R 3 --seed x", refused("--seed")),
     ("a beginning of several flags", "R 3 --top 5", refused("--top")),
     ("a flag of another program", "R 3 --num-beams 4", refused("--num-beams")),
     ("a prompt that looks like a flag", "--prompt -x 3", refused("--prompt")),
@@ -611,7 +618,7 @@ RESUMED = [   # the situation, chapters, what has happened to the folder, flags 
     ("another learning rate", "17", lambda folder: None, "--learning-rate 1", refused("learning_rate")),
     ("another text", "17", lambda folder: None, "--data {other}", refused("data")),
     ("the model files are gone, the checkpoint is not", "17", lambda folder: [path.unlink() for path in folder.glob("*.*")], "", works("after 4 steps")),
-    ("the checkpoint is gone, the model files are not", "17", no_checkpoint, "", refused("model.safetensors")),
+    ("the checkpoint is gone, the model files are not", "17", no_checkpoint, "", refused("choose another folder")),
     ("a checkpoint without its state", "17", in_checkpoint(remove("state.json")), "", refused("state.json")),
     ("a state of nothing", "17", in_checkpoint(write("state.json", "")), "", refused("state.json")),
     ("a state of something else", "17", in_checkpoint(write("state.json", "{}")), "", refused("state.json")),

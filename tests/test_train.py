@@ -1,15 +1,12 @@
 """Every chapter's train.py: the loop, its numbers, and a resume that continues bit for bit."""
 import json
-import os
 import random
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import warm
 from chapters import TRAINED, load_chapter, run_here
 
 SUMMARY_KEYS = ("chapter config parameters data steps tokens wall_seconds tokens_per_second peak_memory_bytes val_loss "
@@ -160,25 +157,6 @@ def test_a_run_that_diverges_keeps_the_checkpoint_before(chapter, tmp_path, text
     monkeypatch.undo()
     run_here(chapter.train, *run, "--steps", 4, "--resume")
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 4
-
-
-def test_kill_9(chapter, tmp_path, text_file):
-    """A real kill -9 at random instants, saving after every step. KILLS=20 pytest -k kill_9 for more of them."""
-    kills, dice = int(os.environ.get("KILLS", 2)), random.Random(0)
-    run = ["--data", text_file, *chapter.quick, "--steps", 6 + 3 * kills, "--save-every", 1]
-    run_here(chapter.train, *run, "--out", tmp_path / "whole")
-    out = tmp_path / "killed"
-    for _ in range(kills):
-        process = warm.start(chapter.folder / "train.py", *run, "--out", out, "--resume")
-        events = out / "tensorboard"
-        before = set(events.glob("*")) if events.exists() else set()
-        while process.is_alive() and not (events.exists() and set(events.glob("*")) - before):
-            time.sleep(0.02)   # until the loop begins
-        time.sleep(dice.uniform(0, 0.5))
-        process.kill()   # SIGKILL
-        process.join()
-    run_here(chapter.train, *run, "--out", out, "--resume")
-    assert_same_run(tmp_path / "whole", out)
 
 
 def test_a_complete_checkpoint_exists_at_every_instant(chapter, tmp_path, text_file, monkeypatch):
