@@ -214,7 +214,8 @@ def test_training(chapter, text_file, other_text, tmp_path, monkeypatch, record_
     kills, victims = share(9, 2), []
     options = FLAGS.get(chapter.folder.name, [[]])
     for episode in itertools.count():
-        if sum(victim.counts.total() for victim in victims) >= kills:
+        left = kills - sum(victim.counts.total() for victim in victims)
+        if left <= 0:
             break
         flags = ["--data", text_file, *chapter.quick, *options[episode % len(options)], "--steps", STEPS, "--save-every", 1]
         whole = tmp_path / f"whole{episode % len(options)}"
@@ -228,7 +229,7 @@ def test_training(chapter, text_file, other_text, tmp_path, monkeypatch, record_
         strangers = plant(out, INSIDE)
         victim, step = Victim(out, chapter, "train", f"{chapter.folder.name} {episode}"), -1
         victims.append(victim)
-        for _ in range(6):
+        for _ in range(min(left, 6)):
             mine = not used or saved_data(chapter, out) == str(text_file)
             killed = victim.kill(90, *flags, "--out", out, *["--resume"] * mine)
             step = check(chapter, out, step if mine else -1, [whole] + [tmp_path / "other"] * used)
@@ -283,7 +284,8 @@ def test_quantizing(text_file, tmp_path, monkeypatch, record_property):
         run_here(chapter.quantize, *command, "--out", folder)
     kills, victims, before = share(12, 3), [], contents(source)
     for episode in itertools.count():
-        if sum(victim.counts.total() for victim in victims) >= kills:
+        left = kills - sum(victim.counts.total() for victim in victims)
+        if left <= 0:
             break
         chosen, earlier = episode % len(flags), (episode + 1) % len(flags)
         out = tmp_path / str(episode) / ("Qwen3-0.6B-int4" if episode % 2 else "out")
@@ -294,7 +296,7 @@ def test_quantizing(text_file, tmp_path, monkeypatch, record_property):
         victim = Victim(out, chapter, "quantize", f"quantize {episode}")
         victims.append(victim)
         limit = Victim(out.with_name("count"), chapter, "quantize", 0).operations(*flags[chosen], "--out", out.with_name("count"))
-        for _ in range(6):
+        for _ in range(min(left, 6)):
             killed = victim.kill(limit, *flags[chosen], "--out", out, longest=0.5)
             found = [folder for folder in [whole[chosen]] + [whole[earlier]] * replaces if is_same_model(chapter, out, folder)]
             assert found or not (out / "model.safetensors").exists(), f"{out} holds neither model: {contents(out).keys()}"
@@ -347,8 +349,11 @@ def test_ranks(name, torchrun, text_file, tmp_path, record_property, monkeypatch
     chapter, victims = load_chapter(name), []
     monkeypatch.setenv("CHAPTER", name)
     kills = share(7, 0)
+    if not kills:
+        pytest.skip("a few ranks are killed in test_elastic.py, and here with KILLS=1000")
     for episode in itertools.count():
-        if sum(victim.counts.total() for victim in victims) >= kills:
+        left = kills - sum(victim.counts.total() for victim in victims)
+        if left <= 0:
             break
         layout = LAYOUTS[episode % len(LAYOUTS)].split()
         flags = ["--data", text_file, "--batch-tokens", 128, "--save-every", 1, "--steps", STEPS, *layout]
@@ -373,8 +378,7 @@ def test_ranks(name, torchrun, text_file, tmp_path, record_property, monkeypatch
         for start, (_, n, delay) in enumerate(plan):
             lines = Path(f"{out}.log{start}").read_text().splitlines() if Path(f"{out}.log{start}").exists() else []
             victim.counts[phase(out, "train", lines, delay) if len(lines) >= n else "ended before"] += 1
-    if victims:
-        record(record_property, chapter, "torchrun", victims)
+    record(record_property, chapter, "torchrun", victims)
 
 
 if __name__ == "__main__":
