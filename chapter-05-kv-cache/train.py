@@ -151,6 +151,9 @@ def evaluate(model, documents, tokenizer, batch_tokens, device, precision="fp32"
         nats += loss_sum(model, batch, precision).item()
         tokens += (batch.targets != IGNORE).sum().item()
     model.train()
+    if not math.isfinite(nats):   # the weights may be finite still, and large
+        raise InputError(f"the training diverged: the loss on the validation documents is {nats}; a checkpoint is kept as it was;"
+                         " try a lower --learning-rate")
     return nats / tokens, nats / math.log(2) / num_bytes(documents)
 
 
@@ -346,8 +349,8 @@ def main():
             writer.add_scalar(f"train/{name}", value, state["step"])
 
         if state["step"] % arguments.save_every == 0:
-            save_checkpoint(arguments.out, model, tokenizer, optimizer, state)
             _, bits = evaluate(model, val_documents[::8], tokenizer, arguments.batch_tokens, device, arguments.precision)
+            save_checkpoint(arguments.out, model, tokenizer, optimizer, state)
             writer.add_scalar("validation/bits_per_byte_of_an_eighth", bits, state["step"])
             writer.add_text("sample", write_sample(model, tokenizer, val_documents[0], 60), state["step"])
             seen["validation"] = f"{bits:.3f} bits per byte"

@@ -183,6 +183,9 @@ def evaluate(model, documents, tokenizer, batch_tokens, device, precision="fp32"
                                  lambda batch, x: loss_sum(model, batch, precision, mesh, x), lambda batch: stream(model, batch, mesh))
     nats = mesh.data.all_reduce(nats).item()
     model.train()
+    if not math.isfinite(nats):   # the weights may be finite still, and large
+        raise InputError(f"the training diverged: the loss on the validation documents is {nats}; a checkpoint is kept as it was;"
+                         " try a lower --learning-rate")
     return nats / tokens, nats / math.log(2) / num_bytes(documents)
 
 
@@ -419,8 +422,8 @@ def main():
                 writer.add_scalar(f"train/{name}", value, state["step"])
 
         if state["step"] % arguments.save_every == 0:
-            save_checkpoint(arguments.out, config, data.parameters(), optimizer, state, tokenizer, mesh)
             _, bits = evaluate(model, val_documents[::8], tokenizer, arguments.batch_tokens, device, arguments.precision, mesh)
+            save_checkpoint(arguments.out, config, data.parameters(), optimizer, state, tokenizer, mesh)
             if mesh.is_main:
                 writer.add_scalar("validation/bits_per_byte_of_an_eighth", bits, state["step"])
                 writer.add_text("sample", write_sample(load_model(arguments.out, sampler)[0], tokenizer, val_documents[0], 60), state["step"])

@@ -283,6 +283,7 @@ RUNS = [   # the situation, chapters, flags, what must come out
     ("hardly any time is one step", "17", "--minutes 1e-300", works("after 1 steps")),
     ("the largest seed", "17", f"--steps 1 --seed {2 ** 63 - 1}", works("after 1 steps")),
     ("a learning rate that float32 cannot hold", "17", "--steps 1 --learning-rate 1e-320", works("after 1 steps")),
+    ("a learning rate that makes the weights large, and not yet infinite", "27", "--steps 2 --learning-rate 1e9", refused("diverged")),
     ("saved less often than there are steps", "17", "--steps 1 --save-every 2147483647", works("after 1 steps")),
     ("resumed with nothing there", "17", "--steps 1 --resume", works("no checkpoint", "after 1 steps")),
     ("packs of one token", "27", "--steps 1 --batch-tokens 1", works("after 1 steps")),
