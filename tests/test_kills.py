@@ -364,6 +364,7 @@ def test_ranks(name, torchrun, text_file, tmp_path, record_property, monkeypatch
                 for rank in victim.dice.choices([0, 1], k=6)]
         runs.append(torchrun(2, *flags, "--out", out, "--resume", restarts=len(plan), broken=ARMED.format(victims=plan, out=str(out))))
         for run in runs:
+            run.process.join(900)   # six starts more than the others have
             assert run.end() == 0, run.text(1)
         untouched(strangers)
         for path in strangers:
