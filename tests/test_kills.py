@@ -280,7 +280,7 @@ def test_quantizing(text_file, tmp_path, monkeypatch, record_property):
     whole = [tmp_path / f"whole{i}" for i in range(len(flags))]
     for command, folder in zip(flags, whole):
         run_here(chapter.quantize, *command, "--out", folder)
-    kills, victims, before = share(12, 3), [], contents(source)
+    kills, victims, before = share(14, 3), [], contents(source)
     for episode in itertools.count():
         left = kills - sum(victim.counts.total() for victim in victims)
         if left <= 0:
