@@ -3,8 +3,8 @@
     python chapter-01-foundations/ablations.py     about five minutes; writes results/ablations.json
 
 All runs get the same time, not the same number of steps: what costs more must earn it. Two seeds of the default come
-first, because a difference smaller than the difference between seeds is none. The learning rate goes with the square root
-of the batch size, because a larger batch averages more noise away.
+first, because a difference smaller than the difference between seeds is none. The learning rate goes with the square
+root of the batch size, because a larger batch averages more noise away.
 """
 import json
 import multiprocessing
@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import train
-from errors import run
+from cli import run
 from model import CONFIGS
-from report import write_results
+from results import write_results
 
 MINUTES = 0.6
 VARIANTS = [   # name, changes of the configuration, flags of train.py
@@ -47,7 +47,8 @@ def main():
                 sys.exit(process.exitcode)
             summary = json.loads((Path(out) / "summary.json").read_text())
         row = {"variant": name, "mib": round(summary["peak_memory_bytes"] / 2**20)}
-        rows.append(row | {key: summary[key] for key in ("parameters", "steps", "tokens_per_second", "val_bits_per_byte")})
+        keys = ("parameters", "steps", "tokens_per_second", "val_bits_per_byte")
+        rows.append(row | {key: summary[key] for key in keys})
     columns = {"variant": "variant", "parameters": "parameters", "steps": "steps", "tokens_per_second": "tokens/s",
                "mib": "peak MiB", "val_bits_per_byte": "bits per byte"}
     print(write_results("ablations", "python chapter-01-foundations/ablations.py", columns, rows, data=summary["data"]))

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from checks import check_equal
-from errors import run
-from report import FIGURES
+from assert_equal import check_equal
+from cli import run
+from results import FIGURES
 from softmax import softmax
 
 SENTENCE = "<s> the cat saw the dog and the cat".split()

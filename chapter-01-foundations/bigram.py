@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from checks import check_equal
+from assert_equal import check_equal
+from cli import ArgumentParser, run
 from data import BPETokenizer, fetch, load_documents, split_documents
-from errors import ArgumentParser, run
 from generate import generate
 from model import CONFIGS
 from train import evaluate
@@ -33,7 +33,8 @@ FREQUENT = 20   # a pair seen so often is one whose probability the text really 
 
 
 class Bigram(nn.Module):
-    """A table of logits, one row for each last token, in the same form as model.py: evaluate and generate fit it too."""
+    """A table of logits, one row for each last token, in the same form as model.py: evaluate and generate fit it too.
+    """
 
     def __init__(self, logits):
         super().__init__()
@@ -71,7 +72,10 @@ def nats_per_pair(counts, probabilities):
 
 
 def choose_alpha(documents, tokenizer, source):
-    """Count nine tenths of the training documents and try each alpha on the rest. Validation must not choose anything."""
+    """Count nine tenths of the training documents and try each alpha on the rest.
+
+    Validation must not choose anything.
+    """
     counts, held_out = (count_pairs(part, tokenizer) for part in split_documents(documents, source))
     return min(ALPHAS, key=lambda alpha: nats_per_pair(held_out, smoothed(counts, alpha)))
 
@@ -96,7 +100,8 @@ def show_followers(counts, counted, learned, tokenizer):
     print("\nWhat follows, by counting (by gradient descent):")
     for before in counts.sum(dim=1).topk(4).indices.tolist():
         best = counts[before].topk(4).indices.tolist()
-        followers = "  ".join(f"{tokenizer.decode([i])!r} {counted[before, i]:.3f} ({learned[before, i]:.3f})" for i in best)
+        followers = "  ".join(f"{tokenizer.decode([i])!r} {counted[before, i]:.3f} ({learned[before, i]:.3f})"
+                              for i in best)
         print(f"    {tokenizer.decode([before])!r:<8}{followers}")
 
 
@@ -126,7 +131,8 @@ def run_model(source):
     print(f"counted, alpha {alpha:<5} {nats_per_pair(counts, smoothed(counts, alpha)):>23.4f}{bits:>28.4f}")
     print(f"counted, alpha 0 {nats_per_pair(counts, counted):>27.4f}{math.inf:>28}\n"
           "Training loss only falls, towards that of the counts without smoothing. Validation is best long before: a\n"
-          "table that has not yet learned that a pair never occurs still keeps something for it. Stopping early smooths.\n")
+          "table that has not yet learned that a pair never occurs still keeps something for it. Stopping early"
+          " smooths.\n")
     often = min(FREQUENT, int(counts.max()))
     frequent = counts >= often
     check_equal(f"learned = counted, {frequent.sum():,} pairs seen {often} times or more", learned[frequent],
@@ -136,8 +142,10 @@ def run_model(source):
     show_followers(counts, counted, learned, tokenizer)
     print(f"\nA sample of the counted table:\n\n{tokenizer.decode(generate(model, tokenizer, [], 120))}\n")
     print("At work: counting, while the context is one or two tokens; nothing is faster. Beyond that, learning.")
-    print(f"bigram: {bits:.4f} bits per byte on the validation documents, {seconds:.0f} s, {counts.numel():,} parameters")
-    return {"model": "bigram", "parameters": counts.numel(), "context": "1", "seconds": seconds, "val_bits_per_byte": bits}
+    print(f"bigram: {bits:.4f} bits per byte on the validation documents, {seconds:.0f} s, {counts.numel():,}"
+          " parameters")
+    return {"model": "bigram", "parameters": counts.numel(), "context": "1", "seconds": seconds,
+            "val_bits_per_byte": bits}
 
 
 def main():

@@ -1,12 +1,10 @@
-"""Checkpoints that survive a kill at any instant, and a resume that continues bit for bit.
+"""A model as a folder, and folders that survive a kill at any instant.
 
-    OUT/checkpoint/          everything a resumed run needs, replaced as a whole
-    OUT/config.json          the model for everyone else, generate.py for instance
-    OUT/model.safetensors
-    OUT/tokenizer.json
+    config.json, model.safetensors, tokenizer.json      all that is needed to use the model
 
 Only safetensors and JSON: a pickle runs whatever code it contains when it is opened.
 """
+import contextlib
 import dataclasses
 import filecmp
 import hashlib
@@ -19,51 +17,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from cli import InputError
 from data import load_tokenizer
-from errors import InputError
 from model import ModelConfig, Transformer
 
 MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+UNFINISHED = ".model.unfinished"   # a folder's model files until all are written
 
 
 def beside(path, what):
-    """A name that nobody gives a file of his own, so that what is found under it is ours: left behind by a run that was killed."""
+    """A name that nobody gives a file of his own, so that what is found under it is ours: left behind by a run that was
+    killed.
+    """
     return path.with_name(f".{path.name}.{what}")
 
 
 # --------------------------------------------------------------------------------------------------- saving
 
-def save_checkpoint(out, model, tokenizer, optimizer, state):
-    """Write OUT/checkpoint/ and the model files beside it. state: what else to remember, as JSON can hold it."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise InputError(f"the training diverged: its weights are not finite; a checkpoint in {out} is kept as it was;"
-                         " try a lower --learning-rate")
-    try:
-        write_checkpoint(out, model, tokenizer, optimizer, state)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write a checkpoint to {out}: {error}; the one before it is complete") from None
-
-
-def write_checkpoint(out, model, tokenizer, optimizer, state):
-    final = Path(out) / "checkpoint"
-    temporary = beside(final, "unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_model(temporary, model, tokenizer)
-    tensors = {f"{i}.{key}": value for i, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
-    save_file({"random_state": torch.get_rng_state(), **tensors}, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state, indent=2))
-    shutil.copymode(temporary / "state.json", temporary / "optimizer.safetensors")   # as for the weights
-    replace_folder(temporary, final)
-    for name in MODEL_FILES:
-        copy = beside(Path(out) / name, "unfinished")
-        shutil.copyfile(final / name, copy)
-        install(copy, Path(out) / name)
-
-
 def install(file, target):
-    """Rename a finished model file to its place. The weights come last, and go before another model's configuration or tokenizer comes:
-    a kill in between must not leave them beside each other."""
+    """Rename a finished model file to its place. The weights come last, and go before another model's configuration or
+    tokenizer comes: a kill in between must not leave them beside each other."""
     if target.suffix == ".json" and not (target.is_file() and filecmp.cmp(file, target, shallow=False)):
         target.with_name("model.safetensors").unlink(missing_ok=True)
     os.replace(file, target)
@@ -77,7 +50,41 @@ def save_model(folder, model, tokenizer):
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]   # the same table as embed_tokens: stored once
     save_file(weights, folder / "model.safetensors", metadata={"tokenizer": sha256(folder / "tokenizer.json")})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")   # safetensors lets nobody but the owner read it
+    # Safetensors lets nobody but the owner read it.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+@contextlib.contextmanager
+def unfinished(folder):
+    """A folder to save_model to. At the end its files move to the given one, where nothing else is touched; after an
+    error none does.
+
+    Raises InputError.
+    """
+    folder = Path(folder)
+    made, temporary = not folder.exists(), folder / UNFINISHED
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync(temporary)
+        for name in MODEL_FILES:
+            install(temporary / name, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write a model to {folder}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):   # it is no longer empty
+                folder.rmdir()
+
+
+def sync(folder):
+    """A name must not reach the disk before the bytes it names."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def replace_folder(temporary, final):
@@ -86,10 +93,7 @@ def replace_folder(temporary, final):
     Renaming is atomic, but a folder cannot be renamed onto another. So the old one steps aside first, and
     complete_checkpoint() looks there too.
     """
-    for path in [*temporary.iterdir(), temporary]:   # a name must not reach the disk before the bytes it names
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync(temporary)
     old = beside(final, "replaced")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -101,7 +105,10 @@ def replace_folder(temporary, final):
 # -------------------------------------------------------------------------------------------------- loading
 
 def complete_checkpoint(out):
-    """The last complete checkpoint folder of a run, or None. The third name is what earlier versions called the second."""
+    """The last complete checkpoint folder of a run, or None.
+
+    The third name is what earlier versions called the second.
+    """
     final = Path(out) / "checkpoint"
     return next(filter(Path.is_dir, (final, beside(final, "replaced"), final.with_name("checkpoint.old"))), None)
 
@@ -113,14 +120,19 @@ def not_ours(out):
         return [name for name in (*MODEL_FILES, "summary.json", "checkpoint") if (out / name).exists()]
     if not (checkpoint / "state.json").is_file():
         return [f"{checkpoint.name}/ without a state.json"]
-    return [f"{checkpoint.name}/{path.name}" for path in checkpoint.glob("[!.]*") if path.suffix not in (".json", ".safetensors")]
+    return [f"{checkpoint.name}/{path.name}" for path in checkpoint.glob("[!.]*")
+            if path.suffix not in (".json", ".safetensors")]
 
 
 def load_model(folder, device="cpu"):
-    """Folder with the three model files -> (model, tokenizer). Raises InputError that names the file and the difference."""
+    """Folder with the three model files -> (model, tokenizer).
+
+    Raises InputError that names the file and the difference.
+    """
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
-        raise InputError(f"no model.safetensors in {folder}; train one first: python {Path(__file__).parent.name}/train.py")
+        raise InputError(f"no model.safetensors in {folder}; train one first: python"
+                         f" {Path(__file__).parent.name}/train.py")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     config = read_config(folder / "config.json")
     if tokenizer.vocab_size != config.vocab_size:
@@ -128,7 +140,8 @@ def load_model(folder, device="cpu"):
                          f" {folder / 'config.json'} says vocab_size {config.vocab_size}")
     weights, metadata = read_tensors(folder / "model.safetensors")
     if metadata.get("tokenizer") != sha256(folder / "tokenizer.json"):
-        raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than tokenizer.json holds")
+        raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than"
+                         " tokenizer.json holds")
     try:
         model = Transformer(config)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -140,32 +153,6 @@ def load_model(folder, device="cpu"):
     return model.to(device), tokenizer
 
 
-def load_training_state(folder, optimizer):
-    """Restore optimizer and random state from a checkpoint folder; returns the state that save_checkpoint was given."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        if not state["step"] >= 0:   # KeyError: it is the state of something else
-            raise ValueError(f"step {state['step']!r}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{folder / 'state.json'} is damaged: {error!r}") from None
-    tensors, _ = read_tensors(folder / "optimizer.safetensors")
-    try:
-        torch.set_rng_state(tensors.pop("random_state"))
-        entries = {}
-        for name, value in tensors.items():
-            i, key = name.split(".")
-            entries.setdefault(int(i), {})[key] = value
-        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                shape = optimizer.state[parameter]["exp_avg"].shape   # load_state_dict compares no shapes
-                if shape != parameter.shape:
-                    raise ValueError(f"moments {tuple(shape)} for a parameter {tuple(parameter.shape)}")
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{folder / 'optimizer.safetensors'} is not of this run: {error!r}") from None
-    return state
-
-
 def read_config(path):
     try:
         return ModelConfig(**json.loads(path.read_text()))
@@ -174,9 +161,11 @@ def read_config(path):
 
 
 def read_tensors(path):
-    """(tensors, metadata) of a safetensors file; a truncated or foreign file, or one with nan in it, is an InputError."""
+    """(tensors, metadata) of a safetensors file; a truncated or foreign file, or one with nan in it, is an InputError.
+    """
     try:
-        with open(path, "rb"), safe_open(path, framework="pt") as file:   # safe_open calls missing what we are not allowed to read
+        # safe_open calls missing what we are not allowed to read.
+        with open(path, "rb"), safe_open(path, framework="pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file: {error}") from None

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from checks import check_equal
-from errors import run
-from report import FIGURES
+from assert_equal import check_equal
+from cli import run
+from results import FIGURES
 from softmax import log_softmax, softmax
 
 IGNORE = -100   # a target that does not count (padding); the default ignore_index of F.cross_entropy

@@ -19,7 +19,7 @@ import tiktoken
 import torch
 
 from bpe_from_scratch import PIECES, SPLIT_PATTERN, train_bpe, valid_unicode
-from errors import InputError
+from cli import InputError
 from formats import ending, excerpt, json_lines, read_utf8, table_rows
 from validation import check_split
 
@@ -112,7 +112,8 @@ def python_docs():
 
 
 def num_bytes(documents):
-    """UTF-8 bytes of a list of documents; what the document-end token stands for, the blank line between, counts too."""
+    """UTF-8 bytes of a list of documents; what the document-end token stands for, the blank line between, counts too.
+    """
     return len("\n\n".join(documents).encode())
 
 
@@ -123,8 +124,8 @@ def split_documents(documents, source, fraction=0.1):
     before = [0, *torch.tensor(sizes).cumsum(0).tolist()]   # bytes before each boundary
     cut = min(range(len(before)), key=lambda i: abs(before[i] - goal))
     if not 0 < cut < len(documents):
-        raise InputError(f"{source}: {len(documents)} document(s), {sum(sizes)} bytes are too little text to keep a tenth"
-                         " for validation; give more documents (in a text, blank lines separate them)")
+        raise InputError(f"{source}: {len(documents)} document(s), {sum(sizes)} bytes are too little text to keep"
+                         " a tenth for validation; give more documents (in a text, blank lines separate them)")
     return documents[:cut], documents[cut:]
 
 
@@ -245,7 +246,8 @@ def padded_collate_fn(windows, padding):
 
 @functools.lru_cache(maxsize=2)
 def shuffled(n, seed, epoch):
-    # Seeded by text: torch's CPU generator reads only 32 bits of a seed, so packing two numbers into one would lose one.
+    # Seeded by text: torch's CPU generator reads only 32 bits of a seed, so packing two numbers into one would lose
+    # one.
     return random.Random(f"{seed} {epoch}").sample(range(n), n)
 
 

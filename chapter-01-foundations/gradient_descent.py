@@ -14,9 +14,9 @@ import math
 import torch
 from matplotlib.figure import Figure
 
-from checks import check_equal
-from errors import run
-from report import FIGURES
+from assert_equal import check_equal
+from cli import run
+from results import FIGURES
 
 CURVATURE = torch.tensor([1.0, 50.0], dtype=torch.float64)   # along the valley and across it
 START = torch.tensor([-8.0, 2.0], dtype=torch.float64)

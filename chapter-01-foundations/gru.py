@@ -3,8 +3,8 @@
     python chapter-01-foundations/gru.py
 
 An n-gram model forgets what leaves its window. A recurrent network has no window: after each token it makes a new state
-from the old one and the token. In its plain form, h = tanh(W x + U h), every step rewrites all of h, and neither memories
-nor gradients survive many rewritings. The GRU (Cho et al. 2014) adds two gates, numbers between 0 and 1:
+from the old one and the token. In its plain form, h = tanh(W x + U h), every step rewrites all of h, and neither
+memories nor gradients survive many rewritings. The GRU (Cho et al. 2014) adds two gates, numbers between 0 and 1:
 
     r = sigmoid(W_r x + U_r h)           reset: how much of the old state the proposal gets to see
     z = sigmoid(W_z x + U_z h)           update: how much of the old state simply stays
@@ -30,12 +30,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from checks import check_equal
+from assert_equal import check_equal
+from cli import ArgumentParser, run
 from data import IGNORE, BPETokenizer, fetch, load_documents, padded_collate_fn, tokenize, training_windows
-from errors import ArgumentParser, run
 from generate import generate
 from model import CONFIGS
-from train import adamw, evaluate, loss_sum, schedule
+from optimizer import adamw, schedule
+from train import evaluate, loss_sum
 
 STEPS = 600
 
@@ -170,12 +171,14 @@ def run_model(source):
     windows, _ = tokenize(train_documents, tokenizer, CONFIGS["small"].max_position_embeddings)
     model = RecurrentModel(tokenizer.vocab_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{len(windows):,} windows of up to {CONFIGS['small'].max_position_embeddings} tokens; {parameters:,} parameters")
+    print(f"{len(windows):,} windows of up to {CONFIGS['small'].max_position_embeddings} tokens; {parameters:,}"
+          " parameters")
 
     norms = train_model(model, windows, tokenizer, steps=500)
     _, bits = evaluate(model, val_documents, tokenizer, "cpu")
     seconds = time.perf_counter() - start
-    print(f"Gradient norm: at most {max(norms):.2f}; clipped to 1 in {sum(norm > 1 for norm in norms)} of {len(norms)} steps.")
+    print(f"Gradient norm: at most {max(norms):.2f}; clipped to 1 in {sum(norm > 1 for norm in norms)} of {len(norms)}"
+          " steps.")
     show_clipping(windows, tokenizer)
     print(f"A sample:\n\n{tokenizer.decode(generate(model, tokenizer, [], 150))}\n")
     print(f"GRU: {bits:.4f} bits per byte on the validation documents, {seconds:.0f} s, {parameters:,} parameters")

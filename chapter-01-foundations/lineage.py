@@ -1,6 +1,6 @@
 """From counting pairs to the GPT: the same documents, the same tokens, the same validation bytes, one axis.
 
-    python chapter-01-foundations/lineage.py     about three minutes; writes results/lineage.json and figures/lineage.png
+    python chapter-01-foundations/lineage.py     about three minutes; writes results/lineage.json and its figure
 
 Two yardsticks stand beside the models: a byte of which nothing is known has 8 bits, and xz, which knows no language but
 remembers every string it has seen, is given the training text before it packs the validation text.
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 import bigram
 import gru
 import ngram
+from cli import ArgumentParser, run
 from data import fetch, load_documents, num_bytes
-from errors import ArgumentParser, run
-from report import FIGURES, write_results
+from results import FIGURES, write_results
 
 
 def yardstick(name, bits):
@@ -29,7 +29,8 @@ def yardstick(name, bits):
 def compressor_row(source):
     """xz on the validation text, after the training text: what the second adds to the packed size."""
     train_documents, val_documents = load_documents(source)
-    train_text, all_text = ("\n\n".join(documents).encode() for documents in (train_documents, train_documents + val_documents))
+    train_text, all_text = ("\n\n".join(documents).encode()
+                            for documents in (train_documents, train_documents + val_documents))
     added = len(lzma.compress(all_text, preset=9)) - len(lzma.compress(train_text, preset=9))
     return yardstick("xz, after the training text", 8 * added / num_bytes(val_documents))
 
@@ -40,7 +41,8 @@ def gpt_row(source):
         subprocess.run([sys.executable, Path(__file__).parent / "train.py", "--data", source, "--out", out], check=True)
         summary = json.loads((Path(out) / "summary.json").read_text())
         context = json.loads((Path(out) / "config.json").read_text())["max_position_embeddings"]
-    return {"model": "GPT", "parameters": summary["parameters"], "context": str(context), "seconds": summary["wall_seconds"],
+    return {"model": "GPT", "parameters": summary["parameters"], "context": str(context),
+            "seconds": summary["wall_seconds"],
             "val_bits_per_byte": summary["val_bits_per_byte"]}
 
 
@@ -50,7 +52,8 @@ def draw(rows):
     for y, row in enumerate(row for row in rows if row["parameters"]):
         bits = row["val_bits_per_byte"]
         axes.plot(bits, y, "o", color="#1f6f8b", markersize=9)
-        axes.annotate(f"{row['model']}: {bits:.3f}   ({row['seconds']:.0f} s, {row['parameters'] / 1e6:.2f} M parameters)",
+        axes.annotate(f"{row['model']}: {bits:.3f}   ({row['seconds']:.0f} s, {row['parameters'] / 1e6:.2f} M"
+                      " parameters)",
                       (bits, y), xytext=(10, 0), textcoords="offset points", va="center",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 2})
     xz = rows[1]["val_bits_per_byte"]

@@ -1,4 +1,5 @@
-"""A GPT from raw nn.Module layers, in the classical (GPT-2) form. Read from top to bottom: Attention, MLP, Block, Transformer.
+"""A GPT from raw nn.Module layers, in the classical (GPT-2) form. Read from top to bottom: Attention, MLP, Block,
+Transformer.
 
 Shape letters, used in every file of this chapter:
     B  batch: documents side by side          D  hidden_size

@@ -2,10 +2,11 @@
 
     python chapter-01-foundations/ngram.py
 
-A table of what follows every five tokens would have a million times a billion rows, and nearly every row would be empty:
-two contexts that mean the same but differ in one token share nothing. Here each token is first replaced by a vector
-that is learned, and a network reads the vectors side by side. Tokens that behave alike get vectors that lie close, and
-then what was learned from one context holds for its neighbours too. That is the embedding, and every model since has one.
+A table of what follows every five tokens would have a million times a billion rows, and nearly every row would be
+empty: two contexts that mean the same but differ in one token share nothing. Here each token is first replaced by a
+vector that is learned, and a network reads the vectors side by side. Tokens that behave alike get vectors that lie
+close, and then what was learned from one context holds for its neighbours too. That is the embedding, and every model
+since has one.
 
 It looks at a window and nowhere else. What stands six tokens back does not exist; gru.py does something about that.
 
@@ -19,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from cli import ArgumentParser, run
 from data import BPETokenizer, fetch, load_documents, shuffled
-from errors import ArgumentParser, run
 from generate import generate
 from model import CONFIGS
-from train import adamw, evaluate, schedule
+from optimizer import adamw, schedule
+from train import evaluate
 
 WINDOW = 5
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from checks import check_equal
-from errors import run
-from report import FIGURES
+from assert_equal import check_equal
+from cli import run
+from results import FIGURES
 
 # Scores for the word after "The cat sat on the". Quarters, so that adding 1000 to them below is exact in float32.
 WORDS = ["mat", "floor", "sofa", "roof", "moon"]

@@ -14,9 +14,9 @@ import time
 import tiktoken
 
 from bpe_from_scratch import PIECES, SPLIT_PATTERN, encode, encode_piece, train_bpe
+from cli import run
 from data import fetch, load_documents
-from errors import run
-from report import write_results
+from results import write_results
 
 HARD_TEXT = [
     "", "\0", "\ufeff\u200b\u00ad",                                   # nothing, and characters without width

@@ -1,69 +1,38 @@
-"""Checkpoints that survive a kill at any instant, and a resume that continues bit for bit.
+"""A model as a folder, and folders that survive a kill at any instant.
 
-    OUT/checkpoint/          everything a resumed run needs, replaced as a whole
-    OUT/config.json          the model for everyone else: generate.py, transformers
-    OUT/model.safetensors
-    OUT/tokenizer.json
-    OUT/tokenizer_config.json
+    config.json, model.safetensors, tokenizer.json, tokenizer_config.json      all that is needed to use the model
 
 Only safetensors and JSON: a pickle runs whatever code it contains when it is opened.
 """
+import contextlib
 import filecmp
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from errors import InputError
-from model import checkpoint_folder, load_pretrained, save_pretrained
+from cli import InputError
+from pretrained import checkpoint_folder, load_pretrained, save_pretrained
 from tokenizer import load_tokenizer
 
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+UNFINISHED = ".model.unfinished"   # a folder's model files until all are written
 
 
 def beside(path, what):
-    """A name that nobody gives a file of his own, so that what is found under it is ours: left behind by a run that was killed."""
+    """A name that nobody gives a file of his own, so that what is found under it is ours: left behind by a run that was
+    killed.
+    """
     return path.with_name(f".{path.name}.{what}")
 
 
 # --------------------------------------------------------------------------------------------------- saving
 
-def save_checkpoint(out, model, tokenizer, optimizer, state):
-    """Write OUT/checkpoint/ and the model files beside it. state: what else to remember, as JSON can hold it."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise InputError(f"the training diverged: its weights are not finite; a checkpoint in {out} is kept as it was;"
-                         " try a lower --learning-rate")
-    try:
-        write_checkpoint(out, model, tokenizer, optimizer, state)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write a checkpoint to {out}: {error}; the one before it is complete") from None
-
-
-def write_checkpoint(out, model, tokenizer, optimizer, state):
-    final = Path(out) / "checkpoint"
-    temporary = beside(final, "unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_model(temporary, model, tokenizer)
-    tensors = {f"{i}.{key}": value for i, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
-    save_file({"random_state": torch.get_rng_state(), **tensors}, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state, indent=2))
-    shutil.copymode(temporary / "state.json", temporary / "optimizer.safetensors")   # as for the weights
-    replace_folder(temporary, final)
-    for name in MODEL_FILES:
-        copy = beside(Path(out) / name, "unfinished")
-        shutil.copyfile(final / name, copy)
-        install(copy, Path(out) / name)
-
-
 def install(file, target):
-    """Rename a finished model file to its place. The weights come last, and go before another model's configuration or tokenizer comes:
-    a kill in between must not leave them beside each other."""
+    """Rename a finished model file to its place. The weights come last, and go before another model's configuration or
+    tokenizer comes: a kill in between must not leave them beside each other."""
     if target.suffix == ".json" and not (target.is_file() and filecmp.cmp(file, target, shallow=False)):
         target.with_name("model.safetensors").unlink(missing_ok=True)
     os.replace(file, target)
@@ -75,16 +44,46 @@ def save_model(folder, model, tokenizer):
     save_pretrained(model, folder, {"tokenizer": sha256(folder / "tokenizer.json")})
 
 
+@contextlib.contextmanager
+def unfinished(folder):
+    """A folder to save_model to. At the end its files move to the given one, where nothing else is touched; after an
+    error none does.
+
+    Raises InputError.
+    """
+    folder = Path(folder)
+    made, temporary = not folder.exists(), folder / UNFINISHED
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync(temporary)
+        for name in MODEL_FILES:
+            install(temporary / name, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write a model to {folder}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):   # it is no longer empty
+                folder.rmdir()
+
+
+def sync(folder):
+    """A name must not reach the disk before the bytes it names."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def replace_folder(temporary, final):
     """Put a finished folder in the place of an older one, so that a complete one exists at every instant.
 
     Renaming is atomic, but a folder cannot be renamed onto another. So the old one steps aside first, and
     complete_checkpoint() looks there too.
     """
-    for path in [*temporary.iterdir(), temporary]:   # a name must not reach the disk before the bytes it names
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync(temporary)
     old = beside(final, "replaced")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -96,7 +95,10 @@ def replace_folder(temporary, final):
 # -------------------------------------------------------------------------------------------------- loading
 
 def complete_checkpoint(out):
-    """The last complete checkpoint folder of a run, or None. The third name is what earlier versions called the second."""
+    """The last complete checkpoint folder of a run, or None.
+
+    The third name is what earlier versions called the second.
+    """
     final = Path(out) / "checkpoint"
     return next(filter(Path.is_dir, (final, beside(final, "replaced"), final.with_name("checkpoint.old"))), None)
 
@@ -108,7 +110,8 @@ def not_ours(out):
         return [name for name in (*MODEL_FILES, "summary.json", "checkpoint") if (out / name).exists()]
     if not (checkpoint / "state.json").is_file():
         return [f"{checkpoint.name}/ without a state.json"]
-    return [f"{checkpoint.name}/{path.name}" for path in checkpoint.glob("[!.]*") if path.suffix not in (".json", ".safetensors")]
+    return [f"{checkpoint.name}/{path.name}" for path in checkpoint.glob("[!.]*")
+            if path.suffix not in (".json", ".safetensors")]
 
 
 def load_model(dir_or_hub_id, device="cpu", dtype=None):
@@ -117,8 +120,10 @@ def load_model(dir_or_hub_id, device="cpu", dtype=None):
     dtype: of the weights, the file's where it is None. Raises InputError that names the file and the difference.
     """
     folder = checkpoint_folder(dir_or_hub_id)
-    if not any(path.match("model*.safetensors") for path in folder.iterdir()):   # glob finds nothing where it may not look
-        raise InputError(f"no model.safetensors in {folder}; train one first: python {Path(__file__).parent.name}/train.py")
+    # Glob finds nothing where it may not look.
+    if not any(path.match("model*.safetensors") for path in folder.iterdir()):
+        raise InputError(f"no model.safetensors in {folder}; train one first: python"
+                         f" {Path(__file__).parent.name}/train.py")
     tokenizer = load_tokenizer(folder)
     model = load_pretrained(folder, device, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:   # fewer is fine: Qwen's table has rows to spare
@@ -126,36 +131,12 @@ def load_model(dir_or_hub_id, device="cpu", dtype=None):
                          f" config.json only {model.config.vocab_size} rows")
     trained_with = read_metadata(folder / "model.safetensors").get("tokenizer")
     if trained_with and (folder / "tokenizer.json").is_file() and trained_with != sha256(folder / "tokenizer.json"):
-        raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than tokenizer.json holds")
-    # Qwen's config.json names one end, and only its generation_config.json both. A folder saved from here has but the first.
+        raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than"
+                         " tokenizer.json holds")
+    # Qwen's config.json names one end, and only its generation_config.json both. A folder saved from here has but the
+    # first.
     model.config.eos_token_id = [tokenizer.end_of_text, tokenizer.end_of_turn]
     return model, tokenizer
-
-
-def load_training_state(folder, optimizer):
-    """Restore optimizer and random state from a checkpoint folder; returns the state that save_checkpoint was given."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        if not state["step"] >= 0:   # KeyError: it is the state of something else
-            raise ValueError(f"step {state['step']!r}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{folder / 'state.json'} is damaged: {error!r}") from None
-    tensors, _ = read_tensors(folder / "optimizer.safetensors")
-    try:
-        torch.set_rng_state(tensors.pop("random_state"))
-        entries = {}
-        for name, value in tensors.items():
-            i, key = name.split(".")
-            entries.setdefault(int(i), {})[key] = value
-        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                shape = optimizer.state[parameter]["exp_avg"].shape   # load_state_dict compares no shapes
-                if shape != parameter.shape:
-                    raise ValueError(f"moments {tuple(shape)} for a parameter {tuple(parameter.shape)}")
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{folder / 'optimizer.safetensors'} is not of this run: {error!r}") from None
-    return state
 
 
 def read_metadata(path):
@@ -164,19 +145,6 @@ def read_metadata(path):
         return {}
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
-
-
-def read_tensors(path):
-    """(tensors, metadata) of a safetensors file; a truncated or foreign file, or one with nan in it, is an InputError."""
-    try:
-        with open(path, "rb"), safe_open(path, framework="pt") as file:   # safe_open calls missing what we are not allowed to read
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged or not a safetensors file: {error}") from None
-    for name, tensor in tensors.items():
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():   # no mask as large as the tensor
-            raise InputError(f"{path}: {name} holds nan or inf: its training diverged, or the file is damaged")
-    return tensors, metadata
 
 
 def sha256(path):

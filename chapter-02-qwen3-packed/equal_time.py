@@ -2,7 +2,8 @@
 
     python equal_time.py        (in this folder; about three minutes; writes results/equal_time.json)
 
-Each run is a process of its own, as a reader would start it. 75 seconds are for training; the last validation comes on top.
+Each run is a process of its own, as a reader would start it. 75 seconds are for training; the last validation comes on
+top.
 """
 import json
 import subprocess
@@ -10,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from errors import ArgumentParser, InputError, run
-from report import write_results
+from cli import ArgumentParser, InputError, run
+from results import write_results
 
 CHAPTERS = ("chapter-01-foundations", "chapter-02-qwen3-packed")
 
@@ -36,7 +37,8 @@ def main():
     source = parser.parse_args().data
     rows = [train(chapter, source) for chapter in CHAPTERS]
     columns = {"chapter": "chapter", "parameters": "parameters", "mflops": "MFLOPs per useful token",
-               "tokens_per_second": "useful tokens/s", "tokens": "useful tokens", "peak_mib": "peak MiB", "seconds": "seconds",
+               "tokens_per_second": "useful tokens/s", "tokens": "useful tokens", "peak_mib": "peak MiB",
+               "seconds": "seconds",
                "val_bits_per_byte": "bits per byte"}
     print(write_results("equal_time", "python chapter-02-qwen3-packed/equal_time.py", columns, rows, data=source))
 

@@ -15,9 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from errors import run
-from model import CONFIGS, Transformer, packed_attention
-from report import FIGURES
+from attention import packed_attention
+from cli import run
+from model import CONFIGS, Transformer
+from results import FIGURES
 
 CONFIG = CONFIGS["qwen3-0.6b"]
 H, K = CONFIG.num_attention_heads, CONFIG.head_dim

@@ -4,9 +4,10 @@
     python train.py --init out --data instructions.jsonl --learning-rate 2e-3 --out out-chat
     python instructions.py score out out-chat
 
-A pretrained model continues text. It has never seen a question that somebody answered, so it does not answer. Fine-tuning
-shows it thousands of conversations, with the loss on the answers only, and then it does. Whether it has understood or
-learned by heart is decided by questions that were kept out of the training: a tenth of all, by their hash.
+A pretrained model continues text. It has never seen a question that somebody answered, so it does not answer.
+Fine-tuning shows it thousands of conversations, with the loss on the answers only, and then it does. Whether it has
+understood or learned by heart is decided by questions that were kept out of the training: a tenth of all, by their
+hash.
 """
 import hashlib
 import json
@@ -16,33 +17,33 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint import load_model
-from errors import ArgumentParser, InputError, run
+from cli import ArgumentParser, InputError, run
 from generate import generate
-from report import write_results
+from results import write_results
 
-WORDS = ("king queen crown love night sword rose blood heart moon ghost storm ship gold fire tear song grave tower horse "
-         "wine dream fool friend enemy brother sister mother father child").split()
+WORDS = ("king queen crown love night sword rose blood heart moon ghost storm ship gold fire tear song grave"
+         " tower horse wine dream fool friend enemy brother sister mother father child").split()
 PLACES = {"first": 0, "last": -1}
 
 
-def next_number(dice):
-    number = dice.randrange(10_000)
+def next_number(rng):
+    number = rng.randrange(10_000)
     return f"What number comes after {number}?", str(number + 1)
 
 
-def larger_number(dice):
-    a, b = dice.sample(range(1000), 2)
+def larger_number(rng):
+    a, b = rng.sample(range(1000), 2)
     return f"Which is larger, {a} or {b}?", str(max(a, b))
 
 
-def digits_backwards(dice):
-    digits = "".join(dice.choices("0123456789", k=dice.randint(3, 5)))
+def digits_backwards(rng):
+    digits = "".join(rng.choices("0123456789", k=rng.randint(3, 5)))
     return f"Write {digits} backwards.", digits[::-1]
 
 
-def word_of_a_list(dice):
-    words = dice.sample(WORDS, dice.randint(3, 5))
-    place = dice.choice(list(PLACES))
+def word_of_a_list(rng):
+    words = rng.sample(WORDS, rng.randint(3, 5))
+    place = rng.choice(list(PLACES))
     return f"What is the {place} of these words: {', '.join(words)}?", words[PLACES[place]]
 
 
@@ -56,9 +57,9 @@ def held_out(question):
 
 def examples(kind, number, seed, wanted):
     """number pairs (question, answer) of one kind, no two alike, all held out or none, as wanted says."""
-    dice, found = random.Random(f"{kind.__name__} {seed}"), {}
+    rng, found = random.Random(f"{kind.__name__} {seed}"), {}
     while len(found) < number:
-        question, answer = kind(dice)
+        question, answer = kind(rng)
         if held_out(question) == wanted:
             found[question] = answer
     return list(found.items())
@@ -89,7 +90,8 @@ def score(folders, number=100):
     rows = []
     for folder in folders:
         model, tokenizer = load_model(folder)
-        shares = {kind.__name__: exact_match(model, tokenizer, examples(kind, number, 1, wanted=True)) for kind in KINDS}
+        shares = {kind.__name__: exact_match(model, tokenizer, examples(kind, number, 1, wanted=True))
+                  for kind in KINDS}
         shares["all"] = sum(shares.values()) / len(shares)
         rows.append({"checkpoint": Path(folder).name} | {name: f"{share:.0%}" for name, share in shares.items()})
         print(", ".join(f"{name}: {value}" for name, value in rows[-1].items()))

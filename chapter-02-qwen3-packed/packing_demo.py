@@ -15,10 +15,11 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from attention import packed_attention
+from cli import run
 from data import fetch, load_documents, pack, packed_sequence_collate_fn, shuffled, tokenize, training_packs
-from errors import run
-from model import CONFIGS, Transformer, packed_attention
-from report import FIGURES
+from model import CONFIGS, Transformer
+from results import FIGURES
 from tokenizer import Tokenizer
 
 CONFIG = "small"

@@ -15,9 +15,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-from errors import run
+from cli import run
 from model import CONFIGS, rotary_angles, rotate
-from report import FIGURES
+from results import FIGURES
 
 K, THETA = CONFIGS["small"].head_dim, CONFIGS["small"].rope_theta
 TEAL, ORANGE, VIOLET, GREY = "#1f6f8b", "#d9822b", "#7a5195", "#888888"

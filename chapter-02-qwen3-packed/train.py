@@ -3,33 +3,34 @@
     python train.py        (in this folder)
     python train.py --init Qwen/Qwen3-0.6B --data conversations.jsonl --out out-chat
 
-Writes to --out: the model (config.json, model.safetensors, tokenizer files), checkpoint/ for --resume, tensorboard/, and
-summary.json with the numbers of the run.
+Writes to --out: the model (config.json, model.safetensors, tokenizer files), checkpoint/ for --resume, tensorboard/,
+and summary.json with the numbers of the run.
 """
-import hashlib
 import itertools
 import json
 import math
-import os
-import resource
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from checkpoint import complete_checkpoint, load_model, load_training_state, not_ours, save_checkpoint
+from attention import attention_path, compute_dtype
+from checkpoint import load_model
+from cli import ArgumentParser, InputError, positive, run, seed
 from data import (IGNORE, fetch, learned_text, load_documents, num_bytes, pack, packed_sequence_collate_fn, tokenize,
                   training_packs)
-from errors import ArgumentParser, InputError, positive, run, seed
+from device import choose_device, device_name, peak_memory
 from generate import generate
-from model import CONFIGS, Transformer, attention_path
-from report import device_name
+from model import CONFIGS, Transformer
+from optimizer import Optimizer, adamw, schedule
+from progress import Progress
 from tokenizer import Tokenizer
+from training_state import (checkpoint_to_resume, fingerprint, load_training_state, prepare_folder, save_checkpoint,
+                            share_done)
+
+SETTINGS = ("config", "init", "batch_tokens", "learning_rate", "seed")   # that make a run this run
 
 
 def parse_arguments():
@@ -38,11 +39,14 @@ def parse_arguments():
     parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH",
                         help="tinyshakespeare, python-docs, wikitext-2, or a .txt or .jsonl file")
     parser.add_argument("--init", metavar="DIR|HUB_ID",
-                        help="start from pretrained weights and their tokenizer instead of --config; e.g. Qwen/Qwen3-0.6B")
-    parser.add_argument("--batch-tokens", type=positive(int), default=1024, metavar="T", help="tokens per step")
+                        help="start from pretrained weights and their tokenizer instead of --config; e.g."
+                             " Qwen/Qwen3-0.6B")
+    parser.add_argument("--batch-tokens", type=positive(int), default=1024, metavar="T",
+                        help="tokens that are computed together")
     parser.add_argument("--learning-rate", type=positive(float), metavar="LR",
                         help="highest learning rate (None: 3e-3 at width 128, less for wider models; 2e-5 with --init)")
-    parser.add_argument("--steps", type=positive(int), metavar="N", help="stop after N steps (1200 if --minutes is not given)")
+    parser.add_argument("--steps", type=positive(int), metavar="N",
+                        help="stop after N steps (1200 if --minutes is not given)")
     parser.add_argument("--minutes", type=positive(float), metavar="M", help="stop after M minutes")
     parser.add_argument("--save-every", type=positive(int), default=250, metavar="N",
                         help="steps between checkpoints, each with a quick validation and a sample")
@@ -58,60 +62,23 @@ def parse_arguments():
     return arguments
 
 
-def choose_device(name):
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, found in available.items() if found)
-    if not available[name]:
-        raise InputError(f"--device {name}: this machine or this build of torch has none; use --device auto")
-    return name
-
-
-def prepare_folder(out):
-    """Find out that --out cannot be written, or holds what is not ours, before an hour of training, not after."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        found = not_ours(out)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
-    if found:
-        raise InputError(f"--out {out} holds {found[0]}, which no run has written and this one would replace; choose another folder")
-
-
-def adamw(model, learning_rate, weight_decay=0.1):
-    """AdamW with weight decay on matrices only: pulling biases and norm weights towards zero helps nothing."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
-
-
-def schedule(progress, warmup=0.05, floor=0.1):
-    """Share of the highest learning rate at progress (0 to 1 of the run): a linear rise, then half a cosine down to floor."""
-    if progress < warmup:
-        return max(progress, 0.001) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-
-
-def progress(arguments, state):
-    """Share of the run that is done, by its steps or by its minutes; 1 is the end."""
-    return max(state["step"] / arguments.steps if arguments.steps else 0,
-               state["seconds"] / 60 / arguments.minutes if arguments.minutes else 0)
-
-
-def compute_dtype(device):
-    """float32, but where varlen_attn can run: it knows no float32. What that changes is told in chapter 4."""
-    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
-
-
 def loss_sum(model, batch):
     """Nats over all targets of a PackedBatch, a scalar tensor."""
     device = batch.input_ids.device.type
     with torch.autocast(device, torch.bfloat16, enabled=compute_dtype(device) == torch.bfloat16):
         logits = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)   # (T, V)
         return F.cross_entropy(logits, batch.targets, ignore_index=IGNORE, reduction="sum")
+
+
+def train_step(model, optimizer, batch, learning_rate):
+    """Forward, backward, update. Returns what is to be reported of the step, {name: number or scalar tensor}."""
+    device = next(model.parameters()).device
+    optimizer.zero_grad()   # before the way forward: old gradients would take part in its peak
+    # The mean over targets that count. Dividing by T instead would let the users' questions scale the gradient.
+    loss = loss_sum(model, batch.to(device)) / (batch.targets != IGNORE).sum()
+    loss.backward()
+    norm = optimizer.step(learning_rate)
+    return {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate}
 
 
 @torch.no_grad()
@@ -129,65 +96,47 @@ def evaluate(model, documents, tokenizer, batch_tokens, device):
         tokens += (batch.targets != IGNORE).sum().item()
     model.train()
     if not math.isfinite(nats):   # the weights may be finite still, and large
-        raise InputError(f"the training diverged: the loss on the validation documents is {nats}; a checkpoint is kept as it was;"
-                         " try a lower --learning-rate")
+        raise InputError(f"the training diverged: the loss on the validation documents is {nats}; a checkpoint is kept"
+                         " as it was; try a lower --learning-rate")
     return nats / tokens, nats / math.log(2) / num_bytes(documents)
 
 
-def peak_memory(device):
-    """Highest memory use so far, in bytes: of the GPU, or of this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")   # Linux; its ru_maxrss begins with the memory of whoever started this process
-    if status.exists():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # macOS counts it in bytes
-
-
-def start_afresh(arguments, train_documents, device):
+def start_new(arguments, train_documents, device):
     """Pretrained weights and their tokenizer, or a new tokenizer and a new model for it."""
     if arguments.init is not None:
         if Path(arguments.init).resolve() == arguments.out.resolve():
-            raise InputError(f"--out {arguments.out} is what --init begins with, which would be overwritten; choose another folder")
+            raise InputError(f"--out {arguments.out} is what --init begins with, which would be overwritten; choose"
+                             " another folder")
         model, tokenizer = load_model(arguments.init, device, torch.float32)
     else:
         preset = CONFIGS[arguments.config]
         tokenizer = Tokenizer.train(list(map(learned_text, train_documents)), preset.vocab_size)
-        config = replace(preset, vocab_size=tokenizer.vocab_size, eos_token_id=[tokenizer.end_of_text, tokenizer.end_of_turn])
-        model = Transformer(config).to(device)
+        ends = [tokenizer.end_of_text, tokenizer.end_of_turn]
+        model = Transformer(replace(preset, vocab_size=tokenizer.vocab_size, eos_token_id=ends)).to(device)
     if not all(isinstance(document, str) for document in train_documents):
         tokenizer.eos_token = "<|im_end|>"   # whoever opens the folder is to stop where the user's turn begins
     return model, tokenizer
 
 
-def check_settings(settings, saved, out):
-    """A resumed run must be the same run. Only the budget (--steps, --minutes) may grow."""
-    if saved.get("documents") == settings["documents"]:   # the same text, by whatever name
-        saved = saved | {"data": settings["data"]}
-    if os.path.abspath(str(saved.get("init"))) == os.path.abspath(str(settings["init"])):
-        saved = saved | {"init": settings["init"]}
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            raise InputError(f"--resume: the checkpoint in {out} has {name} {saved.get(name)}, this command has {value};"
-                             " repeat the first command or choose another --out")
+def load_packs(arguments, documents, tokenizer, config):
+    """The packs of a run, without end."""
+    max_length = min(arguments.batch_tokens, config.max_position_embeddings)
+    windows, cut = tokenize(documents, tokenizer, max_length)
+    print(f"        {cut:,} of more than {max_length} tokens are cut into windows, {len(windows):,} in all")
+    return training_packs(windows, arguments.batch_tokens, arguments.seed)
 
 
-def print_resumed(arguments, state):
-    """Where the run goes on. In a larger budget that is an earlier place of the schedule, with another learning rate."""
-    print(f"resuming after step {state['step']}")
-    before, now = state.get("progress", 0), progress(arguments, state)
-    if now < before:
-        last, following = (arguments.learning_rate * schedule(share) for share in (before, now))
-        print(f"        the budget has grown: the schedule goes back from {before:.0%} to {now:.0%} of the run, and the learning rate"
-              f" jumps from {last:.2g} to {following:.2g}")
-
-
-def fingerprint(documents):
-    return hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
+def next_batch(packs, model, state):
+    """The next pack as a batch. Counts its tokens and FLOPs."""
+    batch = packed_sequence_collate_fn(next(packs))
+    state["tokens"] += len(batch.targets)
+    state["flops"] += len(batch.targets) * model.flops_per_token(batch.cu_seqlens)
+    return batch
 
 
 def write_sample(model, tokenizer, document, tokens):
-    """A text of the model's own, or where document is a conversation, its answer to the first message and that message."""
+    """A text of the model's own, or where document is a conversation, its answer to the first message and that message.
+    """
     prompt_ids, question = [tokenizer.end_of_text], ""
     if not isinstance(document, str):
         asked = list(itertools.takewhile(lambda message: message["role"] != "assistant", document))
@@ -198,22 +147,24 @@ def write_sample(model, tokenizer, document, tokens):
     return text
 
 
-def write_summary(arguments, state, model, source, device, nats, bits):
+def write_summary(arguments, state, model, source, device, dtype, nats, bits):
     """summary.json: the same keys in every chapter, so that any two runs compare. null: not known yet."""
     summary = {
-        "chapter": Path(__file__).parent.name, "config": arguments.init or arguments.config, "parameters": model.num_parameters(),
+        "chapter": Path(__file__).parent.name, "config": arguments.init or arguments.config,
+        "parameters": model.num_parameters(),
         "data": str(source), "steps": state["step"], "tokens": state["tokens"], "wall_seconds": state["seconds"],
         "tokens_per_second": state["tokens"] / state["train_seconds"],   # training steps only
         "peak_memory_bytes": peak_memory(device), "val_loss": nats, "val_bits_per_byte": bits,
         "flops_per_token": state["flops"] / state["tokens"],
         "mfu": None,                                           # needs the machine's ceiling: chapter 3
-        "device": device, "device_name": device_name(device), "dtype": str(compute_dtype(device)).removeprefix("torch."),
+        "device": device, "device_name": device_name(device), "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__, "seed": arguments.seed}
     (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
 
 
 def main():
+    # ------------------------------------------------------------------------------------------------- set-up
     start = time.perf_counter()
     arguments = parse_arguments()
     device = choose_device(arguments.device)
@@ -222,87 +173,52 @@ def main():
     torch.manual_seed(arguments.seed)
     source = fetch(arguments.data)
     train_documents, val_documents = load_documents(source)
-    settings = {name: getattr(arguments, name) for name in ("config", "init", "batch_tokens", "learning_rate", "seed")}
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
     settings |= {"data": str(source), "documents": fingerprint(train_documents + val_documents)}
 
-    # state is everything that a resumed run must know besides weights, optimizer and random state.
-    state = {"settings": settings, "step": 0, "tokens": 0, "flops": 0, "train_seconds": 0, "seconds": 0}
-    checkpoint = complete_checkpoint(arguments.out) if arguments.resume else None
-    if checkpoint:
-        model, tokenizer = load_model(checkpoint, device)
-        optimizer = adamw(model, arguments.learning_rate)
-        state = load_training_state(checkpoint, optimizer)
-        check_settings(settings, state["settings"], arguments.out)
-        print_resumed(arguments, state)
-    else:
-        if arguments.resume:
-            print(f"no checkpoint in {arguments.out}: starting afresh")
-        model, tokenizer = start_afresh(arguments, train_documents, device)
-        optimizer = adamw(model, arguments.learning_rate)
-    max_length = min(arguments.batch_tokens, model.config.max_position_embeddings)
-    windows, cut = tokenize(train_documents, tokenizer, max_length)
-    packs = training_packs(windows, arguments.batch_tokens, arguments.seed)
+    checkpoint = checkpoint_to_resume(arguments.out) if arguments.resume else None
+    model, tokenizer = load_model(checkpoint, device) if checkpoint else start_new(arguments, train_documents, device)
+    optimizer = Optimizer(model, adamw(model, arguments.learning_rate))
+    state = load_training_state(checkpoint, optimizer, settings, arguments)
+
+    print(f"data    {source}: {len(train_documents):,} documents to train on, {len(val_documents):,} to validate")
+    packs = load_packs(arguments, train_documents, tokenizer, model.config)
     packs = itertools.islice(packs, state["step"], None)   # a resumed run has had the first ones
-
-    print(f"data    {source}: {len(train_documents):,} documents to train on, {len(val_documents):,} to validate;"
-          f" {cut:,} of more than {max_length} tokens cut into windows, {len(windows):,} in all")
-    print(f"model   {arguments.init or arguments.config}: {model.num_parameters():,} parameters, {tokenizer.vocab_size:,} tokens")
+    print(f"model   {arguments.init or arguments.config}: {model.num_parameters():,} parameters,"
+          f" {tokenizer.vocab_size:,} tokens")
     print(f"device  {device} ({device_name(device)}), {dtype}; {attention_path(device, dtype)}")
-    for events in () if checkpoint else (arguments.out / "tensorboard").glob("events.out.tfevents.*"):
-        events.unlink()   # the curves of an earlier run would mix with these
-    writer = SummaryWriter(arguments.out / "tensorboard", purge_step=state["step"])
-    bar = tqdm(total=arguments.steps, initial=state["step"], unit="step", dynamic_ncols=True)
-    seen = {}                   # what the bar shows
+
+    # --------------------------------------------------------------------------------------------------- loop
     start -= state["seconds"]   # time spent before the resume counts too
+    with Progress(arguments.out, arguments.steps, state["step"]) as progress:
+        while True:
+            state["seconds"] = time.perf_counter() - start
+            done = state["progress"] = share_done(arguments, state)
+            if done >= 1 and state["step"] > 0:
+                break
 
-    while True:
-        state["seconds"] = time.perf_counter() - start
-        state["progress"] = progress(arguments, state)
-        if state["progress"] >= 1 and state["step"] > 0:
-            break
+            step_start = time.perf_counter()
+            batch = next_batch(packs, model, state)
+            report = train_step(model, optimizer, batch, arguments.learning_rate * schedule(done))
 
-        step_start = time.perf_counter()
-        lr = arguments.learning_rate * schedule(state["progress"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batch = packed_sequence_collate_fn(next(packs))
-        flops_per_token = model.flops_per_token(batch.cu_seqlens)
-        batch = batch.to(device)
-        # The mean over targets that count. Dividing by T instead would let the users' questions scale the gradient.
-        loss = loss_sum(model, batch) / (batch.targets != IGNORE).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            state["step"] += 1
+            filling = state["tokens"] / state["step"] / arguments.batch_tokens
+            shown = {"loss": f"{report['loss'].item():.3f}", "packed": f"{filling:.1%}"}
+            state["train_seconds"] += time.perf_counter() - step_start   # after loss.item(), which waits for the GPU
+            progress.step(state["step"], shown, report)
 
-        T = len(batch.targets)
-        state["step"] += 1
-        state["tokens"] += T
-        state["flops"] += T * flops_per_token
-        seen |= {"loss": f"{loss.item():.3f}", "packed": f"{state['tokens'] / state['step'] / arguments.batch_tokens:.1%}"}
-        state["train_seconds"] += time.perf_counter() - step_start   # after loss.item(), which waits for the GPU
-        bar.update()
-        bar.set_postfix(seen)
-        for name, value in {"loss": loss, "gradient_norm": norm, "learning_rate": lr}.items():
-            writer.add_scalar(f"train/{name}", value, state["step"])
+            if state["step"] % arguments.save_every == 0:
+                _, bits = evaluate(model, val_documents[::8], tokenizer, arguments.batch_tokens, device)
+                save_checkpoint(arguments.out, model, tokenizer, optimizer, state)
+                progress.validation(bits, write_sample(model, tokenizer, val_documents[0], 60))
 
-        if state["step"] % arguments.save_every == 0:
-            _, bits = evaluate(model, val_documents[::8], tokenizer, arguments.batch_tokens, device)
-            save_checkpoint(arguments.out, model, tokenizer, optimizer, state)
-            writer.add_scalar("validation/bits_per_byte_of_an_eighth", bits, state["step"])
-            writer.add_text("sample", write_sample(model, tokenizer, val_documents[0], 60), state["step"])
-            seen["validation"] = f"{bits:.3f} bits per byte"
-    bar.close()
-
+    # ------------------------------------------------------------------------------------------------- report
     nats, bits = evaluate(model, val_documents, tokenizer, arguments.batch_tokens, device)
     state["seconds"] = time.perf_counter() - start
     save_checkpoint(arguments.out, model, tokenizer, optimizer, state)
-    summary = write_summary(arguments, state, model, source, device, nats, bits)
-    writer.add_hparams({**settings, "steps": state["step"]}, {"validation/bits_per_byte": bits}, run_name=".")
-    writer.close()
+    summary = write_summary(arguments, state, model, source, device, dtype, nats, bits)
     print(write_sample(model, tokenizer, val_documents[0], 200), end="\n\n")
-    print(f"{bits:.4f} bits per byte on the validation documents ({nats:.4f} nats per token) after {state['step']:,} steps,"
-          f" {state['tokens']:,} tokens, {state['seconds']:.0f} s; {summary['tokens_per_second']:,.0f} tokens/s")
+    progress.finish(settings | {"steps": state["step"]}, summary)
     prompt = '"ROMEO:" 200' if isinstance(val_documents[0], str) else '--chat "..." 200'
     print(f"talk to it: python {Path(__file__).parent.name}/generate.py {prompt} --checkpoint {arguments.out}")
 

@@ -1,10 +1,11 @@
-"""What is each change worth? The same training steps with it and without it, in turns; those that are worth nothing too.
+"""What is each change worth? The same training steps with it and without it, in turns; those that are worth nothing
+too.
 
     python changes.py                        small configuration, a few minutes   (in this folder)
     python changes.py --without-compile      where there is no C++ compiler
 
-Each way of taking a step lives in a process of its own, because some changes touch all of a process, and waits there for
-its turn: in each round every way takes the same steps. Disturbances only ever add time, so each way's fastest round
+Each way of taking a step lives in a process of its own, because some changes touch all of a process, and waits there
+for its turn: in each round every way takes the same steps. Disturbances only ever add time, so each way's fastest round
 counts, pack by pack. Every way must arrive at the same loss. Writes results/changes.json.
 """
 import itertools
@@ -37,7 +38,7 @@ def attention_by_autograd(ways):
     """Chapter 2's loop over stacks of equal documents, every call with autograd nodes of its own."""
     def attention(q, k, v, cu_seqlens):
         return [ways.torch.cat([ways.F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
-                                .transpose(1, 2).flatten(0, 1) for qkv in ways.operators.stacks(cu_seqlens, q, k, v)])]
+                                .transpose(1, 2).flatten(0, 1) for qkv in ways.custom_ops.stacks(cu_seqlens, q, k, v)])]
     ways.model_file.grouped_attention = attention
 
 
@@ -96,7 +97,7 @@ def compiled(ways):
 
 
 # name, the chapter whose step it is, and the changes to it
-WAYS = [("chapter 2", "chapter-02-qwen3-packed", []),
+MODES = [("chapter 2", "chapter-02-qwen3-packed", []),
         ("chapter 3", "chapter-03-profiling", []),
         ("chapter 3 without the fused optimizer", "chapter-03-profiling", [plain_optimizer]),
         ("chapter 3 without sorted packs", "chapter-03-profiling", [unsorted_packs]),
@@ -119,16 +120,16 @@ class Steps:
         sys.path[0] = str(Path(__file__).resolve().parent.parent / chapter)
         import torch
         import torch.nn.functional as F
-        import benchmark, data, model, train
+        import benchmark_padding, data, model, train
         self.torch, self.F, self.model_file, self.loss_sum = torch, F, model, train.loss_sum
         self.collate, self.IGNORE = data.packed_sequence_collate_fn, data.IGNORE
-        self.packs = benchmark.first_packs("small", source, 1024, PACKS + WARM_UP)
+        self.packs = benchmark_padding.first_packs("small", source, 1024, PACKS + WARM_UP)
         torch.manual_seed(0)
         self.model = model.Transformer(model.CONFIGS["small"])
         self.optimizer, self.keep_memory = train.adamw(self.model, 1e-3), lambda: None   # chapter 2 has no keep_memory
         if "03" in chapter:
-            import operators
-            self.operators, self.fill, self.keep_memory = operators, data.fill, train.keep_memory
+            import custom_ops
+            self.custom_ops, self.fill, self.keep_memory = custom_ops, data.fill, train.keep_memory
         for change in changes:
             change(self)
         self.keep_memory()
@@ -162,7 +163,8 @@ def in_turns(ways, source):
         connection, other = spawn.Pipe()
         process = spawn.Process(target=serve, args=(other, chapter, changes, source), daemon=True)
         process.start()
-        children.append((connection, connection.recv(), process))   # one after the other: no way warms up beside another
+        # One after the other: no way warms up beside another.
+        children.append((connection, connection.recv(), process))
     fastest = [[float("inf")] * PACKS for _ in ways]
     losses = [None] * len(ways)
     # All packs in a row before the next way's turn: after another process the caches are cold.
@@ -183,19 +185,20 @@ def measure(ways, source):
 
 
 def main():
-    from errors import ArgumentParser, InputError
+    from cli import ArgumentParser, InputError
     from data import fetch
-    from report import write_results
+    from results import write_results
     parser = ArgumentParser(description="The same training steps with each change and without it.")
     parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH", help="as in train.py")
     parser.add_argument("--without-compile", action="store_true", help="leave the compiled step out")
     arguments = parser.parse_args()
     if not arguments.without_compile and not any(map(shutil.which, ("g++", "clang++"))):
         raise InputError("the last row needs a C++ compiler, g++ or clang++; leave it out: --without-compile")
-    ways = WAYS[:-1] if arguments.without_compile else WAYS
+    ways = MODES[:-1] if arguments.without_compile else MODES
     source = fetch(arguments.data)
     found = measure(ways, source)
-    assert max(loss for *_, loss in found) - min(loss for *_, loss in found) < 1e-2, f"they disagree: {[f[2] for f in found]}"
+    assert max(loss for *_, loss in found) - min(loss for *_,
+                                                 loss in found) < 1e-2, f"they disagree: {[f[2] for f in found]}"
     of_chapter_2, of_chapter_3 = (sum(seconds) for seconds, *_ in found[:2])
     rows = []
     for (name, *_), (seconds, first, _) in zip(ways, found):
@@ -213,5 +216,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from errors import run
+    from cli import run
     run(main)

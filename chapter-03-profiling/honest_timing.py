@@ -13,11 +13,13 @@ from statistics import mean, median, quantiles
 import torch
 from matplotlib.figure import Figure
 
+from cli import run
 from data import packed_sequence_collate_fn
-from errors import run
+from device import device_name
 from model import CONFIGS, Transformer
-from report import FIGURES, device_name
-from train import adamw, loss_sum
+from optimizer import adamw
+from results import FIGURES
+from train import loss_sum
 
 DOCUMENTS, LENGTH = 2, 32   # a small batch, so that a thousand steps take seconds
 REPETITIONS = 200           # of one step, to look at its noise

@@ -33,8 +33,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from errors import ArgumentParser, InputError, run
-from report import FIGURES, write_results
+from cli import ArgumentParser, InputError, run
+from results import FIGURES, write_results
 
 B, LAYERS = 256, 4
 WIDTH = {"cpu": 512, "cuda": 4096}   # D. A GPU must get so much to do that Python is not what limits a healthy step

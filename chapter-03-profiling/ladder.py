@@ -2,8 +2,9 @@
 
     python ladder.py        (in this folder; a minute or two for each chapter)
 
-Finds the chapters by itself, so that later ones join. Writes results/ladder.json and figures/ladder.png, the repository's
-central table, which the root README shows. Chapter 1 pads and has another batch; it runs as long as chapter 2 did.
+Finds the chapters by itself, so that later ones join. Writes results/ladder.json and figures/ladder.png, the
+repository's central table, which the root README shows. Chapter 1 pads and has another batch; it runs as long as
+chapter 2 did.
 """
 import json
 import statistics
@@ -14,8 +15,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from errors import ArgumentParser, InputError, positive, run
-from report import FIGURES, write_results
+from cli import ArgumentParser, InputError, positive, run
+from results import FIGURES, write_results
 
 CHAPTERS = sorted(path.parent.name for path in Path(__file__).resolve().parent.parent.glob("chapter-*/train.py"))
 
@@ -41,7 +42,8 @@ def measure(source, rounds):
 
 def row(chapter, summaries, base):
     rate = statistics.median(summary["tokens_per_second"] for summary in summaries)
-    return {"chapter": chapter, "steps": summaries[0]["steps"], "tokens": summaries[0]["tokens"], "tokens_per_second": rate,
+    return {"chapter": chapter, "steps": summaries[0]["steps"], "tokens": summaries[0]["tokens"],
+            "tokens_per_second": rate,
             "speed": rate / base, "seconds": statistics.median(summary["wall_seconds"] for summary in summaries),
             "peak_mib": statistics.median(summary["peak_memory_bytes"] for summary in summaries) / 2 ** 20,
             "val_bits_per_byte": summaries[0]["val_bits_per_byte"]}
@@ -56,7 +58,8 @@ def draw(rows):
                       f"   ({row['val_bits_per_byte']:.3f} bits per byte, {row['peak_mib']:,.0f} MiB)",
                       (row["tokens_per_second"], y), xytext=(6, 0), textcoords="offset points", va="center")
     axes.set(yticks=range(len(rows)), yticklabels=[row["chapter"].removeprefix("chapter-") for row in rows],
-             xlim=(0, 2.6 * max(row["tokens_per_second"] for row in rows)), xlabel="useful tokens per second, default run")
+             xlim=(0, 2.6 * max(row["tokens_per_second"] for row in rows)),
+             xlabel="useful tokens per second, default run")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     FIGURES.mkdir(exist_ok=True)
@@ -66,7 +69,8 @@ def draw(rows):
 def main():
     parser = ArgumentParser(description="Run the default training of every chapter and compare.")
     parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH", help="as in train.py")
-    parser.add_argument("--rounds", type=positive(int), default=1, metavar="N", help="runs of each; the table has medians")
+    parser.add_argument("--rounds", type=positive(int), default=1, metavar="N",
+                        help="runs of each; the table has medians")
     arguments = parser.parse_args()
     summaries = measure(arguments.data, arguments.rounds)
     base = statistics.median(summary["tokens_per_second"] for summary in summaries[CHAPTERS[0]])

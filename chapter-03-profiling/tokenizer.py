@@ -1,8 +1,9 @@
 """The tokenizer of a checkpoint folder: Qwen's own files, read into tiktoken; special tokens and conversations.
 
 A tokenizer is data, not code: a regular expression that cuts text into pieces, the merges with their ranks, and special
-tokens. A Hugging Face folder keeps all of it in tokenizer.json (or the merges in vocab.json and merges.txt). tiktoken needs
-the same three things, and is several times as fast. Equality with `transformers` is proven in tests/test_qwen_tokenizer.py.
+tokens. A Hugging Face folder keeps all of it in tokenizer.json (or the merges in vocab.json and merges.txt). tiktoken
+needs the same three things, and is several times as fast. Equality with `transformers` is proven in
+tests/test_qwen_tokenizer.py.
 """
 import functools
 import json
@@ -13,11 +14,12 @@ import regex
 import tiktoken
 
 from bpe_from_scratch import SPLIT_PATTERN, merge_in_place, train_bpe, valid_unicode
-from errors import InputError
+from cli import InputError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # The same format as encode_conversation, in the language that `transformers` reads chat formats in.
-CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{%"
+                 " endfor %}"
                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
@@ -38,20 +40,23 @@ TO_BYTE = {character: byte for byte, character in TO_CHARACTER.items()}
 class Tokenizer:
     """Text <-> token ids, and conversations -> token ids.
 
-    ranks: {bytes of an ordinary token: id}; special_tokens: {text: id}; marks: those of them that a text may contain, such
-    as <think>. The text between them is brought to Unicode's NFC form first, as Qwen's tokenizer does: an e with an accent is
-    one character, however the file writes it. merges: of each token that is more than a byte, oldest first, its two parts as
-    tokenizer.json writes them; where they are not known they are found when they are needed.
+    ranks: {bytes of an ordinary token: id}; special_tokens: {text: id}; marks: those of them that a text may contain,
+    such as <think>. The text between them is brought to Unicode's NFC form first, as Qwen's tokenizer does: an e with
+    an accent is one character, however the file writes it. merges: of each token that is more than a byte, oldest
+    first, its two parts as tokenizer.json writes them; where they are not known they are found when they are needed.
     """
 
     def __init__(self, ranks, special_tokens, marks=frozenset(), pattern=SPLIT_PATTERN, merges=None):
         missing = [token for token in SPECIAL_TOKENS if token not in special_tokens]
         if missing:
             raise InputError(f"the tokenizer lacks the special tokens {', '.join(missing)}")
-        self.ranks, self.special_tokens, self.marks, self.pattern, self.merges = ranks, special_tokens, marks, pattern, merges
+        self.ranks, self.special_tokens, self.marks = ranks, special_tokens, marks
+        self.pattern, self.merges = pattern, merges
         # Of two marks that begin alike the longer one counts. (?!) matches nowhere.
-        self.mark_pattern = regex.compile(f"({'|'.join(map(regex.escape, sorted(marks, key=len, reverse=True))) or '(?!)'})")
-        self.encoding = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+        longest_first = "|".join(map(regex.escape, sorted(marks, key=len, reverse=True)))
+        self.mark_pattern = regex.compile(f"({longest_first or '(?!)'})")
+        self.encoding = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=special_tokens)
         self.end_of_text, self.start_of_turn, self.end_of_turn = (special_tokens[token] for token in SPECIAL_TOKENS)
         self.eos_token = SPECIAL_TOKENS[0]   # what programs that know one end only are told to stop at: see save()
         self.vocab_size = self.encoding.n_vocab
@@ -64,14 +69,16 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents, vocab_size):
-        ranks = train_bpe([unicodedata.normalize("NFC", text) for text in documents], vocab_size - 256 - len(SPECIAL_TOKENS))
+        ranks = train_bpe([unicodedata.normalize("NFC", text) for text in documents],
+                          vocab_size - 256 - len(SPECIAL_TOKENS))
         return cls(ranks, {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)})
 
     def encode(self, text):
         """Ids of a text. A special token's name in it stays text, but for marks: nobody can end a turn by typing so."""
         ids = []
         for part in self.mark_pattern.split(text):   # before NFC, which makes one character of > and a stroke after it
-            ids += [self.special_tokens[part]] if part in self.marks else self.encode_ordinary(unicodedata.normalize("NFC", part))
+            ids += ([self.special_tokens[part]] if part in self.marks
+                    else self.encode_ordinary(unicodedata.normalize("NFC", part)))
         return ids
 
     def encode_ordinary(self, text):
@@ -82,7 +89,8 @@ class Tokenizer:
             return [i for piece in pieces for i in self.encoding._encode_single_piece(piece)]
 
     def encode_conversation(self, messages, answer=False):
-        """Messages [{"role": ..., "content": ...}, ...] -> (ids, counts): Qwen's chat format, and which ids are learned.
+        """Messages [{"role": ..., "content": ...}, ...] -> (ids, counts): Qwen's chat format, and which ids are
+        learned.
 
             <|im_start|>user\\nWhat is 2 + 2?<|im_end|>\\n<|im_start|>assistant\\n4<|im_end|>\\n
 
@@ -110,7 +118,8 @@ class Tokenizer:
     @functools.cached_property
     def contents(self):
         """The text of tokenizer.json. It never changes, so it is made once, not for each checkpoint."""
-        special = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+        special = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+                    "normalized": False,
                     "special": text not in self.marks} for text, i in self.special_tokens.items()]
         merges = self.merges or [[to_characters(part) for part in last_merge(token, self.ranks)]
                                  for token in sorted(self.ranks, key=self.ranks.get) if len(token) > 1]
@@ -145,7 +154,8 @@ def last_merge(token, ranks):
     """The two tokens whose merge made this one: what is left of its bytes before the last of the older merges."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        oldest = min((left + right for left, right in zip(parts, parts[1:])), key=lambda pair: ranks.get(pair, len(ranks)))
+        oldest = min((left + right for left, right in zip(parts, parts[1:])),
+                     key=lambda pair: ranks.get(pair, len(ranks)))
         list(merge_in_place(parts, oldest))   # all of them at once: no token is older than its parts
     return parts
 
@@ -174,7 +184,8 @@ def read_tokenizer_json(path):
         raise InputError(f"{path} is not of Qwen's kind: byte-level BPE after one regular expression, on NFC text")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     added = {token["id"]: token for token in contents["added_tokens"]}
-    return Tokenizer(check_ranks(model["vocab"], merges, added, path), *special_tokens_and_marks(added), patterns[0], merges)
+    return Tokenizer(check_ranks(model["vocab"], merges, added, path), *special_tokens_and_marks(added),
+                     patterns[0], merges)
 
 
 def read_vocab_and_merges(folder):
@@ -182,7 +193,8 @@ def read_vocab_and_merges(folder):
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    return Tokenizer(check_ranks(vocab, merges, added, folder / "vocab.json"), *special_tokens_and_marks(added), merges=merges)
+    return Tokenizer(check_ranks(vocab, merges, added, folder / "vocab.json"), *special_tokens_and_marks(added),
+                     merges=merges)
 
 
 def read_eos_token(path):
@@ -198,7 +210,10 @@ def special_tokens_and_marks(added):
 
 
 def check_ranks(vocab, merges, added, path):
-    """{bytes: id} for tiktoken, which takes the id of a token for the age of its merge. In these files they could differ."""
+    """{bytes: id} for tiktoken, which takes the id of a token for the age of its merge.
+
+    In these files they could differ.
+    """
     ranks = {to_bytes(token): i for token, i in vocab.items()}
     ids = [*vocab.values(), *map(int, added)]
     if not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids) or len(set(ids)) < len(ids):

@@ -2,10 +2,10 @@
 
     python autocast_by_hand.py        (in this folder)
 
-autocast has a list of operators that gain from few bits, matrix products above all, and casts their inputs; one of operators that
-need many, and casts theirs to float32; everything else takes what comes. Two things are easy to overlook: it casts at
-every call, so an activation that three products read is cast three times; and it remembers the casts of weights until the
-"with" ends, so a weight is cast once however often it is used, but anew in every step.
+autocast has a list of operators that gain from few bits, matrix products above all, and casts their inputs; one of
+operators that need many, and casts theirs to float32; everything else takes what comes. Two things are easy to
+overlook: it casts at every call, so an activation that three products read is cast three times; and it remembers the
+casts of weights until the "with" ends, so a weight is cast once however often it is used, but anew in every step.
 """
 from collections import Counter
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from errors import run
+from cli import run
 
 FEW_BITS = {F.linear, torch.matmul, torch.Tensor.matmul}         # of autocast's lists, what Net calls
 MANY_BITS = {F.cross_entropy, F.softmax, torch.Tensor.softmax}
@@ -48,7 +48,7 @@ class Autocast(TorchFunctionMode):
 
 
 class Net(nn.Module):
-    """A table, a layer with a gate, a head. model.py would not do: it knows of autocast, and casts early (see RMSNorm)."""
+    """A table, a layer with a gate, a head. model.py would not do: it knows of autocast, and casts early (RMSNorm)."""
 
     def __init__(self, V=1024, D=128):
         super().__init__()
@@ -76,7 +76,8 @@ def main():
     batch = torch.randint(1024, (2, T)).unbind()
     by_hand = Autocast(torch.bfloat16)
     loss, logits, gradients = loss_and_gradients(model, *batch, by_hand)
-    expected, expected_logits, expected_gradients = loss_and_gradients(model, *batch, torch.autocast("cpu", torch.bfloat16))
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    expected, expected_logits, expected_gradients = loss_and_gradients(model, *batch, autocast)
     assert logits.dtype == expected_logits.dtype == torch.bfloat16, (logits.dtype, expected_logits.dtype)
     assert loss.equal(expected) and all(map(torch.equal, gradients, expected_gradients)), f"{loss} is not {expected}"
     exact, *_ = loss_and_gradients(model, *batch, torch.autocast("cpu", enabled=False))

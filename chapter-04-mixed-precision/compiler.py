@@ -1,21 +1,23 @@
-"""What torch.compile needs besides torch: a folder for what it makes and, on a CPU, a C++ compiler. Looked for before the work, so that
-what lacks is said in a line and not, steps later, in fifty."""
+"""What torch.compile needs besides torch: a folder for what it makes and, on a CPU, a C++ compiler. Looked for before
+the work, so that what lacks is said in a line and not, steps later, in fifty."""
 import os
 import shutil
 import subprocess
 import sysconfig
 import tempfile
 
-from errors import InputError
+from cli import InputError
 
 NEEDED = "g++ 12 or newer, or clang++, with OpenMP and Python's headers; CXX=NAME in the environment chooses one"
-TRIAL = "#include <concepts>\n#include <omp.h>\n#include <Python.h>\n"   # of C++20, and what each program of torch.compile includes
+# Of C++20, and what each program of torch.compile includes.
+TRIAL = "#include <concepts>\n#include <omp.h>\n#include <Python.h>\n"
 
 
 def check_compiler(device):
     """Raises InputError if nothing can be compiled for the device."""
     try:
-        import torch._inductor.config   # not above: it takes a second, and where it can make no folder it ends in a traceback
+        # Not above: it takes a second, and where it can make no folder it ends in a traceback.
+        import torch._inductor.config
         from torch._inductor.runtime.cache_dir_utils import cache_dir
         with tempfile.TemporaryFile(dir=cache_dir()) as file:
             file.write(bytes(1 << 20))   # a full disk has room for an empty file
@@ -26,7 +28,8 @@ def check_compiler(device):
         return
     name = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), "g++")
     try:
-        version = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+        version = subprocess.run([name, "--version"], capture_output=True, text=True,
+                                 check=True).stdout.partition("\n")[0]
     except (OSError, subprocess.CalledProcessError):
         raise InputError(f"a C++ compiler is needed, and {name} cannot be run: {NEEDED}") from None
     command = [name, "-std=c++20", "-fopenmp", f"-I{sysconfig.get_path('include')}", "-fsyntax-only", "-x", "c++", "-"]

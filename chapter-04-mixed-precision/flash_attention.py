@@ -1,12 +1,14 @@
 """Attention without its matrix of scores: the online softmax in blocks, forward and backward ("flash attention").
 
 A document of L tokens has L * L scores in each head. Written as a formula, attention makes them all and keeps their
-softmax for the way back: 4 GiB for one head of 32,768 tokens in float32, whose queries, 128 wide, take 16 MiB. But nobody
-asked for the scores. What is wanted is one average of values for each query, and that can be taken piece by piece.
+softmax for the way back: 4 GiB for one head of 32,768 tokens in float32, whose queries, 128 wide, take 16 MiB. But
+nobody asked for the scores. What is wanted is one average of values for each query, and that can be taken piece by
+piece.
 
     python flash_attention.py        (in this folder; about a minute)
 
-Forward (Milakov & Gimelshein 2018; Rabe & Staats 2021). Of a query's scores s_j keep three things, over the keys so far:
+Forward (Milakov & Gimelshein 2018; Rabe & Staats 2021). Of a query's scores s_j keep three things, over the keys so
+far:
 
     m = max_j s_j        z = sum_j exp(s_j - m)        o = sum_j exp(s_j - m) v_j
 
@@ -14,12 +16,14 @@ When a block of keys brings a larger maximum n, all that was summed is relative 
 right: exp(s - n) = exp(s - m) exp(m - n). After the last block the output is o / z; and m + ln z, the logarithm of the
 sum of exp(s_j), is all that has to be remembered of a row of L scores.
 
-Backward (Dao et al. 2022). With that number a block of weights is made anew, already normalized: P = exp(S - (m + ln z)).
+Backward (Dao et al. 2022). With that number a block of weights is made anew, already normalized: P = exp(S - (m + ln
+z)).
 
     dv = P^T do      dP = do v^T      dS = P * (dP - delta)      dq = dS k / sqrt(K)      dk = dS^T q / sqrt(K)
 
-delta is the trick. The softmax's gradient subtracts from a row of dP its average under the weights, sum_j P_j dP_j, which
-runs over all blocks at once. But dP_j = do . v_j, so the sum is do . (sum_j P_j v_j) = do . out, known before any block is.
+delta is the trick. The softmax's gradient subtracts from a row of dP its average under the weights, sum_j P_j dP_j,
+which runs over all blocks at once. But dP_j = do . v_j, so the sum is do . (sum_j P_j v_j) = do . out, known before any
+block is.
 
 The price is one product more, the scores a second time: seven in place of six. As Python the algorithm saves bytes. A
 fused kernel also keeps each block in the processor's fastest memory, and so saves most of the time (Dao et al. 2022).
@@ -41,8 +45,9 @@ from matplotlib.patches import Polygon, Rectangle
 from torch.autograd.function import once_differentiable
 from torch.profiler import ProfilerActivity, profile
 
-from errors import run
-from report import FIGURES, device_name, write_results
+from cli import run
+from device import device_name
+from results import FIGURES, write_results
 
 BLOCK = 64   # R and C; a kernel takes what fits into the processor's fastest memory
 CHECKED = ((1, 64, 64), (100, 64, 64), (193, 32, 80), (300, 128, 48))   # L, R, C: no length is a multiple of its blocks
@@ -75,14 +80,15 @@ def block_scores(q, k, queries, keys):
 def add_block(state, scores, values):
     """Take a block of keys into the running average: scores (H, R, C), values (H, C, K).
 
-    state, before and after: the largest score so far (H, R, 1), the sum of exp(score - largest) (H, R, 1), and the values
-    weighted with the same exp(score - largest) (H, R, K). Chapter 1's softmax.py does this with one score at a time.
+    state, before and after: the largest score so far (H, R, 1), the sum of exp(score - largest) (H, R, 1), and the
+    values weighted with the same exp(score - largest) (H, R, K). Chapter 1's softmax.py does this with one score at a
+    time.
     """
     largest, total, weighted = state
     new_largest = torch.maximum(largest, scores.amax(-1, keepdim=True))                 # (H, R, 1)
     rescale = (largest - new_largest).exp()   # 1 unless the maximum rose; exp(-inf) = 0 the first time
-    # Of a row that sees nothing of this block all weights are exp(-inf) = 0. Its largest score is a number all the same,
-    # because the first block has key 0, which every query sees. In another order it could be -inf - (-inf) = nan.
+    # Of a row that sees nothing of this block all weights are exp(-inf) = 0. Its largest score is a number all the
+    # same, because the first block has key 0, which every query sees. In another order it could be -inf - (-inf) = nan.
     weights = (scores - new_largest).exp()                                              # (H, R, C)
     return new_largest, total * rescale + weights.sum(-1, keepdim=True), weighted * rescale + weights @ values
 
@@ -108,7 +114,8 @@ class FlashAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable   # log_sums has no gradient here, so a second derivative would be wrong. This makes it an error
+    # log_sums has no gradient here, so a second derivative would be wrong. This makes it an error.
+    @once_differentiable
     def backward(ctx, dout):
         q, k, v, out, log_sums = ctx.saved_tensors
         delta = (dout * out).sum(-1, keepdim=True)                                      # (H, L, 1)
@@ -141,7 +148,10 @@ def plain_attention(q, k, v):
 
 
 def library_attention(q, k, v):
-    """torch's fused kernel. Without a dimension for the batch, a CPU would take the formula, and its memory, instead."""
+    """torch's fused kernel.
+
+    Without a dimension for the batch, a CPU would take the formula, and its memory, instead.
+    """
     return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
 
 
@@ -168,7 +178,8 @@ def show_equality():
 # --------------------------------------------------------------------------------------------------- one row
 
 def running_row(scores, values, block):
-    """The state after each block of one query's scores (L,), values (L,): (largest, rescale, total, weighted) numbers."""
+    """The state after each block of one query's scores (L,), values (L,): (largest, rescale, total, weighted) numbers.
+    """
     state = NOTHING
     for s, v in zip(scores.split(block), values.split(block)):
         before, state = state, add_block(state, s[None], v[:, None])
@@ -194,8 +205,8 @@ def show_row():
 def plain_bytes(H, L, K):
     """The formula's peak in float32, on paper. It comes in the softmax's gradient.
 
-    Then there are three matrices (H, L, L), the weights, their gradient and that of the scores; the mask, a byte for each
-    pair; and six tensors (H, L, K): q, k, v, out, dout and dv.
+    Then there are three matrices (H, L, L), the weights, their gradient and that of the scores; the mask, a byte for
+    each pair; and six tensors (H, L, K): q, k, v, out, dout and dv.
     """
     return 4 * (3 * H * L * L + 6 * H * L * K) + L * L
 
@@ -203,8 +214,8 @@ def plain_bytes(H, L, K):
 def blocks_bytes(H, L, K, R, C):
     """The peak of flash_attention in float32, on paper. It comes in the backward pass, in every block.
 
-    Eight tensors (H, L, K): q, k, v, out and the gradient of each; two numbers a row, log_sums and delta; and five blocks
-    of scores, because Python holds the last block's weights until this one's take their name.
+    Eight tensors (H, L, K): q, k, v, out and the gradient of each; two numbers a row, log_sums and delta; and five
+    blocks of scores, because Python holds the last block's weights until this one's take their name.
     """
     return 4 * (8 * H * L * K + 2 * H * L + 5 * H * R * C)
 
@@ -217,7 +228,8 @@ def peak_bytes(attention, H, L, K):
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
     sums = [event["args"] for event in events if event.get("name") == "[memory]"]
-    before = sums[0]["Total Allocated"] - sums[0]["Bytes"]   # what an earlier profile saw begin and not end is still in the sum
+    # What an earlier profile saw begin and not end is still in the sum.
+    before = sums[0]["Total Allocated"] - sums[0]["Bytes"]
     return max(now["Total Allocated"] for now in sums) - before
 
 
@@ -245,15 +257,18 @@ def draw_blocks(ax, number=6, size=8, outlined=3):
     for y, (_, seen) in enumerate(visible_blocks(number * size, size, size)):
         for x in range(number):
             if x < len(seen):
-                ax.add_patch(Rectangle((x, y), 0.96, 0.96, color=ORANGE if y == outlined else TEAL, alpha=0.45, linewidth=0))
+                ax.add_patch(Rectangle((x, y), 0.96, 0.96, color=ORANGE if y == outlined else TEAL,
+                                       alpha=0.45, linewidth=0))
             elif y != outlined:
                 ax.add_patch(Rectangle((x, y), 0.96, 0.96, fill=False, edgecolor=GREY, linestyle=":"))
-        ax.add_patch(Polygon([(y, y), (y + 1, y), (y + 1, y + 1)], color="white", linewidth=0))   # masked inside its block
+        # Masked inside its block.
+        ax.add_patch(Polygon([(y, y), (y + 1, y), (y + 1, y + 1)], color="white", linewidth=0))
     scores, values = torch.randn(2, (outlined + 1) * size, generator=torch.Generator().manual_seed(18))
     for x, (largest, _, total, _) in enumerate(running_row(2 * scores, values, size)):
         ax.text(x + 0.47, outlined + 0.5, f"m {largest:.1f}\nz {total:.1f}", fontsize=12, ha="center", va="center")
     ax.text(outlined + 1.1, outlined + 0.48, "out = o / z\nkept: m + ln z", fontsize=12, color=ORANGE, va="center")
-    ax.text(4.48, 1.48, "all future:\nnever made", fontsize=13, color=GREY, ha="center", va="center", backgroundcolor="white")
+    ax.text(4.48, 1.48, "all future:\nnever made", fontsize=13, color=GREY, ha="center", va="center",
+            backgroundcolor="white")
     ax.set_title("Blocks of scores: made, used, forgotten", fontsize=14, loc="left")
     ax.set_xlabel("keys; m, z and o go on from block to block", fontsize=12)
     ax.set_ylabel("queries", fontsize=12)
@@ -306,7 +321,8 @@ def main():
     command = f"python {Path(__file__).resolve().parent.name}/flash_attention.py"
     print(write_results("flash_attention", command, columns, rows))
     draw(FIGURES / "flash_attention.png", rows)
-    print("At work: F.scaled_dot_product_attention(q, k, v, is_causal=True), or varlen_attn for packed documents on a GPU."
+    print("At work: F.scaled_dot_product_attention(q, k, v, is_causal=True), or varlen_attn for packed documents"
+          " on a GPU."
           "\nThe blocks and the bytes as a picture: figures/flash_attention.png")
 
 

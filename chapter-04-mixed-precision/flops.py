@@ -3,26 +3,28 @@
     python flops.py                        the small model and this machine   (in this folder)
     python flops.py --config qwen3-0.6b --batch-tokens 4096
 
-A step cannot be faster than its arithmetic at the machine's best rate, nor than its memory traffic at the machine's best
-bandwidth. Which of the two binds is what a roofline shows (Williams et al. 2009). The share of the first limit that a step
-reaches is its model FLOPs utilization, MFU (Chowdhery et al. 2022, appendix B).
+A step cannot be faster than its arithmetic at the machine's best rate, nor than its memory traffic at the machine's
+best bandwidth. Which of the two binds is what a roofline shows (Williams et al. 2009). The share of the first limit
+that a step reaches is its model FLOPs utilization, MFU (Chowdhery et al. 2022, appendix B).
 
-The counts come from the configuration and cu_seqlens alone; tests/test_profiling.py holds them against torch's own counter.
+The counts come from the configuration and cu_seqlens alone; tests/test_profiling.py holds them against torch's own
+counter.
 """
 import functools
 import time
 
 import torch
 
-from errors import ArgumentParser, positive, run
+from cli import ArgumentParser, positive, run
+from device import device_name
 from model import CONFIGS
-from report import device_name
 
 
 # ------------------------------------------------------------------------------------------------ counted on paper
 
 def weights(config):
-    """Numbers in the matrices that every token is multiplied with: {"linear": all layers together, "head": the last}."""
+    """Numbers in the matrices that every token is multiplied with: {"linear": all layers together, "head": the last}.
+    """
     D, K = config.hidden_size, config.head_dim
     attention = 2 * D * K * (config.num_attention_heads + config.num_key_value_heads)   # q and o; k and v
     mlp = 3 * D * config.intermediate_size                                              # gate, up, down
@@ -32,13 +34,19 @@ def weights(config):
 def step_flops(config, cu_seqlens):
     """FLOPs of one training step: {part: (forward, backward)}. The full count: as if attention were not causal.
 
-    A weight multiplies and adds once for each token forward, and twice backward: for the gradient of its input and for its
-    own. A pair of tokens of one document meets twice in each head forward, in Q K^T and in weights V; backward, four times.
+    A weight multiplies and adds once for each token forward, and twice backward: for the gradient of its input and for
+    its own. A pair of tokens of one document meets twice in each head forward, in Q K^T and in weights V; backward,
+    four times.
     """
     T, pairs = cu_seqlens[-1].item(), cu_seqlens.diff().long().square().sum().item()
     forward = {part: 2 * T * number for part, number in weights(config).items()}
     forward["attention"] = 4 * pairs * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return {part: (flops, 2 * flops) for part, flops in forward.items()}
+
+
+def total_flops(config, cu_seqlens):
+    """FLOPs of one training step."""
+    return sum(map(sum, step_flops(config, cu_seqlens).values()))
 
 
 def num_parameters(config):
@@ -51,9 +59,9 @@ def num_parameters(config):
 def step_bytes(config, T, size=4):
     """Bytes a step must move if nothing that follows each other is fused: {part: bytes}. size: bytes of a number.
 
-    Matrices: each product reads its two inputs and writes its result. Elementwise: every tensor that a norm, a rotation,
-    the gate, a sum or the loss reads or writes, each as often as plain PyTorch does. The optimizer reads weight, gradient
-    and two moments and writes three of them.
+    Matrices: each product reads its two inputs and writes its result. Elementwise: every tensor that a norm, a
+    rotation, the gate, a sum or the loss reads or writes, each as often as plain PyTorch does. The optimizer reads
+    weight, gradient and two moments and writes three of them.
     """
     D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
     H, G, V, N = config.num_attention_heads, config.num_key_value_heads, config.vocab_size, config.num_hidden_layers

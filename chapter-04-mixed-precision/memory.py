@@ -5,8 +5,8 @@
     python memory.py --table --config qwen3-0.6b --batch-tokens 4096     every combination, to results/; some minutes
     python memory.py --fit                                       which Qwen3 fits into 16, 24, 40 and 80 GB?
 
-"held" is a real step's, seen by held.py; where the model is large its tensors are fakes, with shapes and without memory. So
-it can be had on a laptop for a model that needs a rack.
+"held" is a real step's, seen by memory_counter.py; where the model is large its tensors are fakes, with shapes and
+without memory. So it can be had on a laptop for a model that needs a rack.
 
 D, H, G, K, T, V: as in model.py; F: intermediate_size.
 """
@@ -17,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from checkpointing import RUN
+from cli import ArgumentParser, positive, run
 from data import PackedBatch
-from errors import ArgumentParser, positive, run
 from flops import num_parameters, weights
-from held import Held
 from linear_cross_entropy import CHUNK
+from memory_counter import Held
 from model import CONFIGS, Transformer
+from optimizer import adamw
 from precision import DTYPES, autocast
-from report import write_results
-from train import adamw, loss_sum
+from recompute import RUN
+from results import write_results
+from train import loss_sum
 
 
 def saved_by_a_layer(config, precision, checkpointing):
@@ -41,8 +42,10 @@ def saved_by_a_layer(config, precision, checkpointing):
     if checkpointing == "selective":                       # that, and results of 7 matrix products and of attention
         return stream * D + low * (Q + 2 * KV + D + 2 * F + D + Q) + log_sums
     norm = (stream + low) * D + 4                          # normalized; times weight, as products read it; 1/rms
-    # q and k: normalized, rotated. The rotation keeps nothing: cos and sin are no weights, nobody asks for their gradient.
-    attention = (low + low) * (Q + KV) + 4 * (Q + KV) / config.head_dim + low * KV + low * Q + log_sums   # q and k; v; out
+    # q and k: normalized, rotated. The rotation keeps nothing: cos and sin are no weights, nobody asks for their
+    # gradient.
+    # Q and k; v; out.
+    attention = (low + low) * (Q + KV) + 4 * (Q + KV) / config.head_dim + low * KV + low * Q + log_sums
     return 2 * norm + attention + low * 4 * F              # gate, silu(gate), up, their product
 
 
@@ -60,18 +63,19 @@ def predict(config, T, precision="fp32", checkpointing="none", accumulate=1):
     kept, everything = (saved_by_a_layer(config, precision, choice) for choice in (checkpointing, "none"))
     last_norm = T * D * (stored + low)
     parts["activations"] = N * T * kept + last_norm
-    # What is there besides while a layer's gradient is made, in its MLP, the widest part: what was forgotten, anew, beside what
-    # the layer was given; two gradients as wide as the MLP and one of what goes from layer to layer; and the first of a weight.
+    # What is there besides while a layer's gradient is made, in its MLP, the widest part: what was forgotten, anew,
+    # beside what the layer was given; two gradients as wide as the MLP and one of what goes from layer to layer; and
+    # the first of a weight.
     again = everything - kept + stored * D if checkpointing != "none" else 0
     parts["one layer"] = T * (again + 2 * low * F + stored * D) + (stored * D * F if accumulate == 1 else 0)
-    # The loss: gradients of its input and of the head's table, and a copy of the table in low precision. A chunk: its logits, as
-    # they come and in float32; or, when they make the gradients, those of its input and, unless it is summed up in place, the
-    # table. In fp16 instead the table itself in float32.
+    # The loss: gradients of its input and of the head's table, and a copy of the table in low precision. A chunk: its
+    # logits, as they come and in float32; or, when they make the gradients, those of its input and, unless it is summed
+    # up in place, the table. In fp16 instead the table itself in float32.
     parts["loss"] = stored * head + exact * T * D + (low * head if low < stored else 0)
     tokens, beside = min(CHUNK, T), exact * head if low < stored else 0
     chunk = max(tokens * V * (4 if low == 4 else 6), exact * tokens * (V + D) + beside)
-    # StochasticAdamW, for a piece of the largest weight: its change, the sum and the bits of that in float32, and of isfinite |x|
-    # and three masks.
+    # StochasticAdamW, for a piece of the largest weight: its change, the sum and the bits of that in float32, and of
+    # isfinite |x| and three masks.
     largest = D * max(V, F, config.num_attention_heads * config.head_dim)
     parts["optimizer"] = (4 * 4 + 3) * min(1 << 22, largest) if precision == "bf16-pure" else 0
 
@@ -80,13 +84,15 @@ def predict(config, T, precision="fp32", checkpointing="none", accumulate=1):
     table = stored * head   # the head's gradient; where the head is tied it waits for the lookup's
     waits = table if config.tie_word_embeddings or accumulate == 1 else 0
     moments = [fixed + earlier + parts["casts"] + parts["activations"] + parts["loss"] + chunk]
-    # On the way back a layer gives up activations and casts for the gradients of its weights. If those are fewer bytes, most is
-    # held at the last layer, which is the first to do so, else at the first.
+    # On the way back a layer gives up activations and casts for the gradients of its weights. If those are fewer bytes,
+    # most is held at the last layer, which is the first to do so, else at the first.
     for below in (0, N - 1):   # layers whose turn has not come
         gradients = 0 if accumulate > 1 else (N - 1 - below) * stored * matrices / N
-        casts = parts["casts"] / N * (1 + below if checkpointing == "none" else 1)   # what is computed again is cast again
+        # What is computed again is cast again.
+        casts = parts["casts"] / N * (1 + below if checkpointing == "none" else 1)
         moments.append(fixed + earlier + waits + gradients + casts + (1 + below) * T * kept + parts["one layer"])
-    # At the end all gradients, and besides that of the lookup, which is added to the head's and to those of earlier packs.
+    # At the end all gradients, and besides that of the lookup, which is added to the head's and to those of earlier
+    # packs.
     lookup = table * (config.tie_word_embeddings + (accumulate > 1)) + stored * T * D
     moments += [fixed + parts["gradients"] + lookup, fixed + parts["gradients"] + parts["optimizer"]]
     return parts | {"peak": max(moments)}
@@ -103,9 +109,9 @@ def packed_batch(T, length, vocab_size):
 
 
 class HeldInAStep(Held):
-    """Held, for a way back. Where a tensor is used twice autograd adds its second gradient to the first in place, but not while
-    a mode looks on: then it makes a third. Nothing else adds two tensors while gradients are off, but for the random bits of
-    StochasticAdamW, a small piece at a time.
+    """Held, for a way back. Where a tensor is used twice autograd adds its second gradient to the first in place, but
+    not while a mode looks on: then it makes a third. Nothing else adds two tensors while gradients are off, but for the
+    random bits of StochasticAdamW, a small piece at a time.
     """
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -114,23 +120,25 @@ class HeldInAStep(Held):
         return super().__torch_dispatch__(operator, types, args, kwargs)
 
 
-def all_logits(model, batch, precision):
+def all_logits(model, batch):
     """The loss as chapter 3 computed it."""
-    with autocast(precision, "cpu"):
+    with autocast(model.precision, "cpu"):
         logits = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)   # (T, V)
         return F.cross_entropy(logits, batch.targets, reduction="sum")
 
 
-def held_by_a_step(config, T, precision="fp32", checkpointing="none", accumulate=1, loss_of=loss_sum, length=64, fake=True):
+def held_by_a_step(config, T, precision="fp32", checkpointing="none", accumulate=1, loss_of=loss_sum,
+                   length=64, fake=True):
     """Most bytes that the tensors of a training step hold at one moment, weights and moments included.
 
     fake: tensors have no memory and nothing is computed. Otherwise the step is taken.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
-        torch.set_default_dtype(torch.bfloat16 if precision == "bf16-pure" else torch.float32)   # fakes cannot be cast in place
+        # Fakes cannot be cast in place.
+        torch.set_default_dtype(torch.bfloat16 if precision == "bf16-pure" else torch.float32)
         model, batch = Transformer(config), packed_batch(T, length, config.vocab_size)
         torch.set_default_dtype(torch.float32)
-        model.checkpointing = checkpointing
+        model.precision, model.checkpointing = precision, checkpointing
         optimizer, held = adamw(model, 1e-3), HeldInAStep()
         for weight in model.parameters():
             held.add(weight)
@@ -139,7 +147,7 @@ def held_by_a_step(config, T, precision="fp32", checkpointing="none", accumulate
                 held.peak = held.now
                 optimizer.zero_grad()
                 for _ in range(accumulate):
-                    loss_of(model, batch, precision).backward()
+                    loss_of(model, batch).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
         return held.peak
@@ -159,13 +167,15 @@ def largest_batch(config, budget, *flags):
 
 def print_what_fits():
     budgets = 16, 24, 40, 80
-    print("most tokens in a pack, by prediction; full: --checkpointing full; the GPU's own context takes another GB or so\n")
+    print("most tokens in a pack, by prediction; full: --checkpointing full; the GPU's own context takes another GB"
+          " or so\n")
     print(f"{'':<12}{'':<20}" + "".join(f"{f'{budget} GB':>12}" for budget in budgets))
     for name, config in CONFIGS.items():
         for flags in (("bf16", "none"), ("bf16", "full"), ("bf16-pure", "full")):
             tokens = [largest_batch(config, budget * 1e9, *flags) for budget in budgets]
             if name != "small" and any(tokens):
-                print(f"{name:<12}{', '.join(flags):<20}" + "".join(f"{number:>12,}" if number else f"{'-':>12}" for number in tokens))
+                numbers = "".join(f"{number:>12,}" if number else f"{'-':>12}" for number in tokens)
+                print(f"{name:<12}{', '.join(flags):<20}{numbers}")
 
 
 def write_table(config_name, T):
@@ -179,13 +189,16 @@ def write_table(config_name, T):
                          "state": (parts["weights"] + parts["moments"] + parts["gradients"]) / 2 ** 20,
                          "activations": parts["activations"] / 2 ** 20, "predicted": parts["peak"] / 2 ** 20,
                          "held": held_by_a_step(config, T, precision, checkpointing) / 2 ** 20})
-            rows[-1] |= {"ratio": rows[-1]["predicted"] / rows[-1]["held"], "plain": rows[-1]["held"] / (plain / 2 ** 20)}
+            rows[-1] |= {"ratio": rows[-1]["predicted"] / rows[-1]["held"],
+                         "plain": rows[-1]["held"] / (plain / 2 ** 20)}
             print(rows[-1])
     rows.insert(0, {"precision": "fp32, all logits", "checkpointing": "none", "held": plain / 2 ** 20, "plain": 1.0})
-    columns = {"precision": "`--precision`", "checkpointing": "`--checkpointing`", "state": "weights, gradients, moments, MiB",
+    columns = {"precision": "`--precision`", "checkpointing": "`--checkpointing`",
+               "state": "weights, gradients, moments, MiB",
                "activations": "activations, MiB", "predicted": "peak predicted, MiB", "held": "peak held, MiB",
                "ratio": "predicted / held", "plain": "of the first row"}
-    command = f"python {Path(__file__).resolve().parent.name}/memory.py --table --config {config_name} --batch-tokens {T}"
+    script = f"{Path(__file__).resolve().parent.name}/memory.py"
+    command = f"python {script} --table --config {config_name} --batch-tokens {T}"
     print(write_results(f"memory_{config_name}", command, columns, rows))
 
 

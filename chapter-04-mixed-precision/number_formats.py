@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import nn
 
+from cli import run
 from data import IGNORE, fetch, load_documents, packed_sequence_collate_fn, tokenize, training_packs
-from errors import run
 from model import CONFIGS, Transformer
-from report import FIGURES
+from results import FIGURES
 from tokenizer import Tokenizer
 
 UPDATES, UPDATE = 1000, 0.001   # of a weight of 1.0, which should end at 2.0
@@ -172,7 +172,7 @@ def in_float32(weight, update, steps):
         yield weight
 
 
-WAYS = {"bfloat16, to the nearest": (nearest, 2, RED), "bfloat16, stochastic": (stochastic, 2, VIOLET),
+MODES = {"bfloat16, to the nearest": (nearest, 2, RED), "bfloat16, stochastic": (stochastic, 2, VIOLET),
         "bfloat16, Kahan": (kahan, 4, ORANGE), "float32": (in_float32, 4, TEAL)}   # way, bytes a weight, colour
 
 
@@ -194,7 +194,7 @@ def show_weights(paths):
           f"\n    {step:.4f}: an update is {UPDATE / step:.2f} of a step, and what is under half is rounded away.\n\n"
           f"    {'':<28}{'bytes':>6}" + "".join(f"{f'after {n:,}':>13}" for n in (1, 100, UPDATES)))
     for name, path in paths.items():
-        print(f"    {name:<28}{WAYS[name][1]:>6}" + "".join(f"{path[n - 1].mean():>13.4f}" for n in (1, 100, UPDATES)))
+        print(f"    {name:<28}{MODES[name][1]:>6}" + "".join(f"{path[n - 1].mean():>13.4f}" for n in (1, 100, UPDATES)))
     last = paths["bfloat16, stochastic"][-1]
     print(f"\n    Stochastic rounding: the mean of {WEIGHTS} weights. A single one is off by {last.std():.2f} (standard"
           "\n    deviation): the error has become noise. Kahan: 2 of the 4 bytes hold what was lost so far.")
@@ -386,7 +386,7 @@ def draw_formats(path, gradients):
 def draw_weights(ax, paths):
     n = torch.arange(1, UPDATES + 1)
     for name, path in paths.items():
-        ax.plot(n, path.mean(dim=1), color=WAYS[name][2], linewidth=2.5)
+        ax.plot(n, path.mean(dim=1), color=MODES[name][2], linewidth=2.5)
     for single in paths["bfloat16, stochastic"].T[:8]:
         ax.plot(n, single, color=VIOLET, linewidth=0.7, alpha=0.5)
     ax.text(0, 1.9, "float32, Kahan,\nstochastic mean", color=TEAL, fontsize=11)
@@ -399,7 +399,7 @@ def draw_weights(ax, paths):
 def draw_first_weights(ax, paths, shown=40):
     for name, path in paths.items():
         line = torch.cat([torch.ones(1), path[:shown, 0]])
-        ax.step(torch.arange(shown + 1), line, where="post", color=WAYS[name][2], linewidth=2, label=name)
+        ax.step(torch.arange(shown + 1), line, where="post", color=MODES[name][2], linewidth=2, label=name)
     ax.set_title(f"One weight, the first {shown}", fontsize=13, loc="left")
     ax.set_xlabel("update", fontsize=12)
     ax.set_ylim(top=1 + 1.45 * shown * UPDATE)
@@ -428,7 +428,7 @@ def draw_rounding(path, paths, sums):
 def main():
     show_formats()
     show_counter()
-    paths = {name: torch.stack(list(way(torch.ones(WEIGHTS), UPDATE, UPDATES))) for name, (way, _, _) in WAYS.items()}
+    paths = {name: torch.stack(list(way(torch.ones(WEIGHTS), UPDATE, UPDATES))) for name, (way, _, _) in MODES.items()}
     show_weights(paths)
     gradients = real_gradients()
     show_underflow(gradients)

@@ -1,11 +1,13 @@
-"""What becomes of a training whose weights are kept in bfloat16? The same run four times; only the rounding of weights differs.
+"""What becomes of a training whose weights are kept in bfloat16? The same run four times; only the rounding of weights
+differs.
 
     python rounding_curves.py        (in this folder; five minutes)
 
-And all of it twice: with this chapter's learning rate, whose steps are larger than bfloat16's grid, and with one that large
-models and fine-tuning use, whose steps are smaller. After each step every weight is rounded to a number that bfloat16 has: to the nearest, by chance, or to the nearest with
-what was cut off remembered for the next step (Kahan). All else is float32, so what the curves show is the rounding of
-weights and nothing else. Writes results/rounding_curves.json and figures/rounding_curves.png.
+And all of it twice: with this chapter's learning rate, whose steps are larger than bfloat16's grid, and with one that
+large models and fine-tuning use, whose steps are smaller. After each step every weight is rounded to a number that
+bfloat16 has: to the nearest, by chance, or to the nearest with what was cut off remembered for the next step (Kahan).
+All else is float32, so what the curves show is the rounding of weights and nothing else. Writes
+results/rounding_curves.json and figures/rounding_curves.png.
 """
 import itertools
 import sys
@@ -15,16 +17,18 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from cli import ArgumentParser, positive, run
 from data import IGNORE, fetch, learned_text, load_documents, packed_sequence_collate_fn, tokenize, training_packs
-from errors import ArgumentParser, positive, run
 from model import CONFIGS, Transformer
+from optimizer import adamw, schedule
 from precision import round_stochastically
-from report import FIGURES, write_results
+from results import FIGURES, write_results
 from tokenizer import Tokenizer
-from train import adamw, evaluate, loss_sum, schedule
+from train import evaluate, loss_sum
 
 RATES = 3e-3, 1e-4
-COLOURS = {"float32": "#1f6f8b", "bfloat16, Kahan": "#7a5195", "bfloat16, stochastic": "#d9822b", "bfloat16, nearest": "#b23a48"}
+COLOURS = {"float32": "#1f6f8b", "bfloat16, Kahan": "#7a5195", "bfloat16, stochastic": "#d9822b",
+           "bfloat16, nearest": "#b23a48"}
 
 
 def nearest(x):
@@ -102,7 +106,7 @@ def main():
         rows.append({"rate": f"{rate:g}", "weights": way, "bits": bits})
         print("{rate:<8}{weights:<24}{bits:>10.4f} bits per byte".format(**rows[-1]))
     columns = {"rate": "learning rate", "weights": "weights", "bits": "bits per byte"}
-    command = f"python {Path(__file__).resolve().parent.name}/rounding_curves.py" + "".join(f" {x}" for x in sys.argv[1:])
+    command = " ".join([f"python {Path(__file__).resolve().parent.name}/rounding_curves.py", *sys.argv[1:]])
     print(write_results("rounding_curves", command, columns, rows, data=source))
     draw(curves)
 

@@ -8,9 +8,9 @@
         for sequence, token in engine.step():
             ...
 
-Static batching, as generate.py --prompts does it, waits until the last text of a batch has ended before the next batch begins.
-Here a text that ends makes room in the very next step (continuous batching, Yu et al. 2022). Nothing of that changes an
-answer: each is, token for token, what its prompt alone would have got.
+Static batching, as generate.py --prompts does it, waits until the last text of a batch has ended before the next batch
+begins. Here a text that ends makes room in the very next step (continuous batching, Yu et al. 2022). Nothing of that
+changes an answer: each is, token for token, what its prompt alone would have got.
 """
 import random
 import sys
@@ -21,17 +21,19 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_model
-from errors import ArgumentParser, InputError, in_range, positive, run, seed, token_ids
-from few_rows import for_few_rows
-from generate import Sampling, next_token, read_prompts
+from cli import ArgumentParser, InputError, in_range, positive, run, seed, token_ids
+from sampling import Sampling, next_token
+from static_batching import read_prompts
 from kv_cache import PagedCache
 from scheduler import Scheduler, Sequence
+from small_batch_matmul import for_small_batches
 
 
 class Engine:
     """model and tokenizer: of checkpoint.load_model. The others: of PagedCache and Scheduler."""
 
-    def __init__(self, model, tokenizer, num_blocks, block_size=16, max_tokens=512, max_sequences=16, prefix_cache=True):
+    def __init__(self, model, tokenizer, num_blocks, block_size=16, max_tokens=512, max_sequences=16,
+                 prefix_cache=True):
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size), ("max_tokens", max_tokens),
                             ("max_sequences", max_sequences)):
             in_range(name, value, int, 1, 2 ** 31 - 1)
@@ -41,11 +43,12 @@ class Engine:
         self.scheduler = Scheduler(num_blocks, block_size, max_tokens, max_sequences, prefix_cache)
 
     def add(self, prompt_ids, max_new_tokens, sampling=Sampling(), stop=(), samples=1, end_tokens=None):
-        """Ask for an answer, or for several to the same prompt. Returns the Sequence, whose answer grows with the steps.
+        """Ask for an answer, or for several to the same prompt. Returns the Sequence, whose answer grows with the
+        steps.
 
-        The other samples turn up in what step() returns, with numbers from 1. end_tokens: those that end the answer, the
-        tokenizer's own where it is None. Raises InputError for what can never fit, and for whatever a step could trip over: there
-        it would stop everybody.
+        The other samples turn up in what step() returns, with numbers from 1. end_tokens: those that end the answer,
+        the tokenizer's own where it is None. Raises InputError for what can never fit, and for whatever a step could
+        trip over: there it would stop everybody.
         """
         limit, vocab_size = self.model.config.max_position_embeddings, self.model.config.vocab_size
         prompt_ids = token_ids(prompt_ids, vocab_size)
@@ -55,10 +58,12 @@ class Engine:
         if not all(isinstance(text, str) and text for text in stop):
             raise InputError(f"stop texts {stop}: each must be a text that is not empty")
         if len(prompt_ids) + max_new_tokens > limit:
-            raise InputError(f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones are more than the model's {limit} positions")
-        ends = (self.tokenizer.end_of_text, self.tokenizer.end_of_turn) if end_tokens is None else token_ids(end_tokens, vocab_size)
+            raise InputError(f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones are more than the model's"
+                             f" {limit} positions")
+        ends = (self.tokenizer.end_of_text,
+                self.tokenizer.end_of_turn) if end_tokens is None else token_ids(end_tokens, vocab_size)
         sequence = Sequence(prompt_ids, max_new_tokens, sampling, tuple(ends), stop, samples)
-        sequence.dice = torch.Generator().manual_seed(sampling.seed)
+        sequence.rng = torch.Generator().manual_seed(sampling.seed)
         self.scheduler.add(sequence)
         return sequence
 
@@ -73,19 +78,21 @@ class Engine:
     def step(self):
         """Compute one packed batch. Returns [(sequence, token)], what has been answered.
 
-        A sequence whose scores are no numbers is finished ("nan"), without its blocks: the others go on. A step that fails, for
-        want of memory or by Ctrl-C, has not been: whoever ran waits, as after a preemption, and the next step begins with that.
+        A sequence whose scores are no numbers is finished ("nan"), without its blocks: the others go on. A step that
+        fails, for want of memory or by Ctrl-C, has not been: whoever ran waits, as after a preemption, and the next
+        step begins with that.
         """
         queue, before = [*self.scheduler.running, *self.scheduler.waiting], []
         try:
             chosen = self.scheduler.schedule()
-            before += [(sequence, len(sequence.tokens), sequence.samples, sequence.dice.get_state()) for sequence, _ in chosen]
+            before += [(sequence, len(sequence.tokens), sequence.samples, sequence.rng.get_state())
+                       for sequence, _ in chosen]
             return self.compute(chosen) if chosen else []
         except BaseException:
-            for sequence, length, samples, dice in before:
+            for sequence, length, samples, rng in before:
                 del sequence.tokens[length:]
                 sequence.samples, sequence.finished = samples, ""
-                sequence.dice.set_state(dice)
+                sequence.rng.set_state(rng)
             written = [block for sequence in queue for block in sequence.table]
             self.scheduler.start_over(queue)
             self.cache.erase(written)   # in part only, maybe with what is no number
@@ -98,7 +105,8 @@ class Engine:
         counts = [count for _, count in chosen]
         input_ids = torch.tensor([token for sequence, count in chosen
                                   for token in sequence.tokens[sequence.computed:sequence.computed + count]])   # (T,)
-        placed = self.cache.place([sequence.table for sequence, _ in chosen], [sequence.computed for sequence, _ in chosen], counts)
+        placed = self.cache.place([sequence.table for sequence, _ in chosen],
+                                  [sequence.computed for sequence, _ in chosen], counts)
         logits = self.model(input_ids.to(self.cache.device), *placed, cache=self.cache).float().cpu()   # (S, V)
         answered = []
         for (sequence, count), scores in zip(chosen, logits):
@@ -111,17 +119,18 @@ class Engine:
             if sequence.pending:
                 continue   # only a part of its prompt: nobody has asked for these scores
             for one in [sequence, *self.fork(sequence)]:
-                one.tokens.append(next_token(scores.clone(), one.tokens, self.tokenizer, one.sampling, one.dice))
+                one.tokens.append(next_token(scores.clone(), one.tokens, self.tokenizer, one.sampling, one.rng))
                 answered.append((one, one.tokens[-1]))
                 self.check_end(one)
         return answered
 
     def fork(self, sequence):
-        """The other samples of a prompt, once it is computed. Each rolls its own dice."""
+        """The other samples of a prompt, once it is computed. Each has its own random generator."""
         others = []
         for number in range(1, sequence.samples):
-            dice = torch.Generator().manual_seed(random.Random(f"{sequence.sampling.seed} {number}").getrandbits(31))
-            other = replace(sequence, tokens=list(sequence.tokens), computed=0, table=[], hashes=[], samples=1, number=number, dice=dice)
+            rng = torch.Generator().manual_seed(random.Random(f"{sequence.sampling.seed} {number}").getrandbits(31))
+            other = replace(sequence, tokens=list(sequence.tokens), computed=0, table=[], hashes=[], samples=1,
+                            number=number, rng=rng)
             self.scheduler.fork(sequence, other)
             others.append(other)
         sequence.samples = 1
@@ -141,9 +150,12 @@ def main():
     parser = ArgumentParser(description="Answer all prompts of a file, each as soon as there is room.")
     parser.add_argument("prompts", metavar="FILE", help="a prompt a line; - reads standard input")
     parser.add_argument("--max-new-tokens", type=positive(int), default=100, metavar="N", help="tokens of each answer")
-    parser.add_argument("--cache-tokens", type=positive(int), default=8192, metavar="N", help="room in the cache, for all together")
-    parser.add_argument("--max-sequences", type=positive(int), default=16, metavar="N", help="texts that are written at a time")
-    parser.add_argument("--checkpoint", default=Path(__file__).parent / "out", metavar="DIR|HUB_ID", help="as in generate.py")
+    parser.add_argument("--cache-tokens", type=positive(int), default=8192, metavar="N",
+                        help="room in the cache, for all together")
+    parser.add_argument("--max-sequences", type=positive(int), default=16, metavar="N",
+                        help="texts that are written at a time")
+    parser.add_argument("--checkpoint", default=Path(__file__).parent / "out", metavar="DIR|HUB_ID",
+                        help="as in generate.py")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same texts")
     arguments = parser.parse_args()
@@ -151,10 +163,13 @@ def main():
     prompts = read_prompts(arguments.prompts)
     model, tokenizer = load_model(arguments.checkpoint)
     try:
-        engine = Engine(for_few_rows(model), tokenizer, -(-arguments.cache_tokens // 16), max_sequences=arguments.max_sequences)
+        engine = Engine(for_small_batches(model), tokenizer, -(-arguments.cache_tokens // 16),
+                        max_sequences=arguments.max_sequences)
     except (RuntimeError, MemoryError):
-        raise InputError(f"a cache for {arguments.cache_tokens} tokens does not fit into memory; lower --cache-tokens") from None
-    prompt_of = {engine.add([tokenizer.end_of_text, *tokenizer.encode(prompt)], arguments.max_new_tokens, sampling): prompt
+        raise InputError(f"a cache for {arguments.cache_tokens} tokens does not fit into memory; lower"
+                         " --cache-tokens") from None
+    prompt_of = {engine.add([tokenizer.end_of_text, *tokenizer.encode(prompt)], arguments.max_new_tokens,
+                            sampling): prompt
                  for prompt in prompts}
     start, tokens = time.perf_counter(), 0
     while engine.busy():
@@ -165,7 +180,8 @@ def main():
     if any(sequence.finished == "nan" for sequence in prompt_of):
         raise InputError("the model answers nan or inf instead of scores to some prompts: its weights are damaged")
     seconds = time.perf_counter() - start
-    print(f"{len(prompts)} texts, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+    print(f"{len(prompts)} texts, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python train.py --profile        (in this folder; writes OUT/profile/)
 
-OUT/profile/*.pt.trace.json opens in Perfetto (https://ui.perfetto.dev) and in TensorBoard. steps.json has the table's numbers;
-memory.png shows the bytes in use over a step, roofline.png what each group reaches of what the machine could.
+OUT/profile/*.pt.trace.json opens in Perfetto (https://ui.perfetto.dev) and in TensorBoard. steps.json has the table's
+numbers; memory.png shows the bytes in use over a step, roofline.png what each group reaches of what the machine could.
 """
 import json
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
+from cli import InputError
 from flops import bandwidth_ceiling, gemm_ceiling, step_bytes, step_flops
 
 WAIT, WARMUP, ACTIVE = 10, 3, 10   # steps: let caches and autotuning settle, start the profiler, count
@@ -32,7 +33,8 @@ ORDER = ("matmul", "attention", REST, "loss head", "optimizer", "data", PYTHON)
 def group(event, head):
     """Which of ORDER an event's own time belongs to: that of a range around it that has one, else its own name's.
 
-    head: the three sizes of the last matrix multiplication, T, D and V, sorted. V alone would not do: T may be as large.
+    head: the three sizes of the last matrix multiplication, T, D and V, sorted. V alone would not do: T may be as
+    large.
     """
     names, parent = [], event
     while parent is not None and not parent.name.startswith("ProfilerStep"):
@@ -41,7 +43,8 @@ def group(event, head):
     if not names:
         return PYTHON   # the step itself: the time in which no operator ran
     for name, pattern in GROUPS.items():
-        # A multiplication goes by its own name: around it may be one whose gradient recomputes a whole layer (chapter 4).
+        # A multiplication goes by its own name: around it may be one whose gradient recomputes a whole layer (chapter
+        # 4).
         if any(re.search(pattern, text) for text in (names[:1] if name == "matmul" else names)):
             return "loss head" if name == "matmul" and sizes(event) == head else name
     return REST
@@ -61,7 +64,10 @@ def step_of(event):
 
 
 def group_times(events, config):
-    """{group: seconds for one step}, and the seconds of a step. Each moment counts once, so the groups sum to the step."""
+    """{group: seconds for one step}, and the seconds of a step.
+
+    Each moment counts once, so the groups sum to the step.
+    """
     steps = [event for event in events if event.name.startswith("ProfilerStep")]
     tokens = {step_of(event): event.input_shapes[1][0] for event in events if event.name == "aten::embedding"}
     times = defaultdict(float)
@@ -74,7 +80,8 @@ def group_times(events, config):
 
 
 def predicted_times(config, cu_seqlens, device, dtype):
-    """{group: the seconds that the machine's ceilings allow it}: the slower of its arithmetic and its memory traffic."""
+    """{group: the seconds that the machine's ceilings allow it}: the slower of its arithmetic and its memory traffic.
+    """
     flops = {part: sum(pair) for part, pair in step_flops(config, cu_seqlens).items()}
     moved = step_bytes(config, cu_seqlens[-1].item())
     rate, bandwidth = gemm_ceiling(device, dtype), bandwidth_ceiling(device)
@@ -106,7 +113,8 @@ def draw_memory(trace, path):
 
 
 def draw_roofline(config, cu_seqlens, times, device, dtype, path):
-    """FLOPs per byte against FLOP/s, for the groups whose FLOPs and bytes are known, under the machine's two ceilings."""
+    """FLOPs per byte against FLOP/s, for the groups whose FLOPs and bytes are known, under the machine's two ceilings.
+    """
     flops = {part: sum(pair) for part, pair in step_flops(config, cu_seqlens).items()}
     moved = step_bytes(config, cu_seqlens[-1].item())
     rate, bandwidth = gemm_ceiling(device, dtype), bandwidth_ceiling(device)
@@ -122,7 +130,8 @@ def draw_roofline(config, cu_seqlens, times, device, dtype, path):
     for name, (work, size) in points.items():
         x, y = work / size, work / times[name] / 1e9
         axes.plot(x, y, "o", color="#1f6f8b")
-        axes.annotate(f"{name}: {y / (min(rate, bandwidth * x) / 1e9):.0%}", (x, y), xytext=(6, -4), textcoords="offset points")
+        axes.annotate(f"{name}: {y / (min(rate, bandwidth * x) / 1e9):.0%}", (x, y), xytext=(6, -4),
+                      textcoords="offset points")
     axes.annotate(f"{rate / 1e9:,.0f} GFLOP/s, matrix multiplication", (intensities[-1], rate / 1e9), xytext=(0, 5),
                   textcoords="offset points", ha="right", color="#888888")
     axes.annotate(f"{bandwidth / 1e9:,.0f} GB/s, copying", (0.125, bandwidth / 8e9), xytext=(-4, 10),
@@ -132,17 +141,26 @@ def draw_roofline(config, cu_seqlens, times, device, dtype, path):
     figure.savefig(path)
 
 
+def check(arguments, state):
+    """InputError where fewer steps are left than a profile takes."""
+    left = arguments.steps - state["step"] if arguments.steps else STEPS
+    if arguments.profile and left < STEPS:
+        raise InputError(f"--profile needs {STEPS} steps, not {left}")
+
+
 def start(folder, config, batch, device, dtype):
     """A running torch.profiler, to be told of each step: it stops by itself, prints the table and draws the pictures.
 
-    batch: a PackedBatch like those of the run, on the CPU, for the prediction. dtype: what its matrices are multiplied in.
+    batch: a PackedBatch like those of the run, on the CPU, for the prediction. dtype: what its matrices are multiplied
+    in.
     """
     def report(profiler):
         tensorboard_trace_handler(str(folder))(profiler)
         times, step_time = group_times(profiler.events(), config)
         predicted = predicted_times(config, batch.cu_seqlens, device, dtype)
         print_table(times, step_time, predicted)
-        (folder / "steps.json").write_text(json.dumps({"step": step_time, "measured": times, "predicted": predicted}, indent=2))
+        (folder / "steps.json").write_text(json.dumps({"step": step_time, "measured": times,
+                                                       "predicted": predicted}, indent=2))
         draw_memory(max(folder.glob("*.pt.trace.json")), folder / "memory.png")
         draw_roofline(config, batch.cu_seqlens, times, device, dtype, folder / "roofline.png")
 

@@ -1,22 +1,23 @@
 """Which sequences compute how many tokens in the next step, and which blocks of the cache they use.
 
-A sequence is a list of tokens, of which the first `computed` are in the cache. What is not is pending: the whole prompt at
-first, then one token at a time. So there is no phase for prompts and another for answers, only more or fewer pending tokens
-(as in vLLM's scheduler), and everything else follows from four rules:
+A sequence is a list of tokens, of which the first `computed` are in the cache. What is not is pending: the whole prompt
+at first, then one token at a time. So there is no phase for prompts and another for answers, only more or fewer pending
+tokens (as in vLLM's scheduler), and everything else follows from four rules:
 
     continue   Sequences that run get their pending tokens first, the oldest before the others, so that an answer never
                stops for somebody else's prompt.
     admit      What is left of max_tokens goes to those that wait, first come, first served. A prompt that does not fit
                comes in chunks (Agrawal et al. 2023).
-    preempt    When no block is free, the youngest that runs gives up its blocks and waits in front; later it computes its
-               tokens again. The oldest is never given up, so it ends, and then the next is the oldest: nobody starves.
-    share      A sequence begins with the blocks that are known already from texts that began alike. Who is to write into
-               a block that others use too gets a copy of it first.
+    preempt    When no block is free, the youngest that runs gives up its blocks and waits in front; later it computes
+               its tokens again. The oldest is never given up, so it ends, and then the next is the oldest: nobody
+               starves.
+    share      A sequence begins with the blocks that are known already from texts that began alike. Who is to write
+               into a block that others use too gets a copy of it first.
 """
 from collections import deque
 from dataclasses import dataclass, field
 
-from errors import InputError
+from cli import InputError
 from kv_cache import BlockPool
 
 
@@ -24,7 +25,7 @@ from kv_cache import BlockPool
 class Sequence:
     tokens: list                # the prompt, then what has been answered
     max_new_tokens: int
-    sampling: object = None     # a generate.Sampling
+    sampling: object = None     # a sampling.Sampling
     end_tokens: tuple = ()      # those that end the answer, and belong to it
     stop: tuple = ()            # texts that end the answer; the token that completes one is the last
     samples: int = 1            # answers wanted to the same prompt
@@ -35,7 +36,7 @@ class Sequence:
     hashes: list = field(default_factory=list)   # of its full blocks
     finished: str = ""          # why: "length", "end", "stop", "cancelled", "nan"
     preemptions: int = 0
-    dice: object = None
+    rng: object = None
 
     def __post_init__(self):
         self.prompt_length = len(self.tokens)
@@ -64,12 +65,14 @@ class Scheduler:
         if not sequence.tokens:
             raise InputError("a prompt needs at least one token")
         if wanted > room:
-            raise InputError(f"{len(sequence.tokens)} prompt tokens and {sequence.max_new_tokens} new ones do not fit into the"
-                             f" {room} tokens of the cache; ask for fewer or make it larger")
+            raise InputError(f"{len(sequence.tokens)} prompt tokens and {sequence.max_new_tokens} new ones do not fit"
+                             f" into the {room} tokens of the cache; ask for fewer or make it larger")
         self.waiting.append(sequence)
 
     def schedule(self):
-        """[(sequence, number of its pending tokens to compute now)]: those with one token first, as the cache wants them."""
+        """[(sequence, number of its pending tokens to compute now)]: those with one token first, as the cache wants
+        them.
+        """
         chosen, budget, self.copies = [], self.max_tokens, []
         for sequence in list(self.running):
             count = min(sequence.pending, budget)

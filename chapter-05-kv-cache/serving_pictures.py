@@ -26,10 +26,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from cli import run
 from engine import Engine
-from errors import run
 from model import CONFIGS, Transformer
-from report import FIGURES
+from results import FIGURES
 from scheduler import Scheduler
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_TOKENS, S = 22, 8, 32, 4   # S: sequences that run at a time

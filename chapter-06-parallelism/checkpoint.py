@@ -1,10 +1,6 @@
-"""Checkpoints that survive a kill at any instant, and a resume that continues bit for bit.
+"""A model as a folder, and folders that survive a kill at any instant.
 
-    OUT/checkpoint/          everything a resumed run needs, replaced as a whole
-    OUT/config.json          the model for everyone else: generate.py, transformers
-    OUT/model.safetensors
-    OUT/tokenizer.json
-    OUT/tokenizer_config.json
+    config.json, model.safetensors, tokenizer.json, tokenizer_config.json      all that is needed to use the model
 
 Only safetensors and JSON: a pickle runs whatever code it contains when it is opened.
 """
@@ -17,8 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from errors import InputError
-from model import checkpoint_folder, load_pretrained, save_pretrained
+from cli import InputError
+from pretrained import checkpoint_folder, load_pretrained, save_pretrained
 from tokenizer import load_tokenizer
 
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
@@ -26,15 +22,17 @@ UNFINISHED = ".model.unfinished"   # a folder's model files until all are writte
 
 
 def beside(path, what):
-    """A name that nobody gives a file of his own, so that what is found under it is ours: left behind by a run that was killed."""
+    """A name that nobody gives a file of his own, so that what is found under it is ours: left behind by a run that was
+    killed.
+    """
     return path.with_name(f".{path.name}.{what}")
 
 
 # --------------------------------------------------------------------------------------------------- saving
 
 def install(file, target):
-    """Rename a finished model file to its place. The weights come last, and go before another model's configuration or tokenizer comes:
-    a kill in between must not leave them beside each other."""
+    """Rename a finished model file to its place. The weights come last, and go before another model's configuration or
+    tokenizer comes: a kill in between must not leave them beside each other."""
     if target.suffix == ".json" and not (target.is_file() and filecmp.cmp(file, target, shallow=False)):
         target.with_name("model.safetensors").unlink(missing_ok=True)
     os.replace(file, target)
@@ -48,7 +46,8 @@ def save_model(folder, model, tokenizer):
 
 @contextlib.contextmanager
 def unfinished(folder):
-    """A folder to save_model to. At the end its files move to the given one, where nothing else is touched; after an error none does.
+    """A folder to save_model to. At the end its files move to the given one, where nothing else is touched; after an
+    error none does.
 
     Raises InputError.
     """
@@ -96,7 +95,10 @@ def replace_folder(temporary, final):
 # -------------------------------------------------------------------------------------------------- loading
 
 def complete_checkpoint(out):
-    """The last complete checkpoint folder of a run, or None. The third name is what earlier versions called the second."""
+    """The last complete checkpoint folder of a run, or None.
+
+    The third name is what earlier versions called the second.
+    """
     final = Path(out) / "checkpoint"
     return next(filter(Path.is_dir, (final, beside(final, "replaced"), final.with_name("checkpoint.old"))), None)
 
@@ -108,7 +110,8 @@ def not_ours(out):
         return [name for name in (*MODEL_FILES, "summary.json", "checkpoint") if (out / name).exists()]
     if not (checkpoint / "state.json").is_file():
         return [f"{checkpoint.name}/ without a state.json"]
-    return [f"{checkpoint.name}/{path.name}" for path in checkpoint.glob("[!.]*") if path.suffix not in (".json", ".safetensors")]
+    return [f"{checkpoint.name}/{path.name}" for path in checkpoint.glob("[!.]*")
+            if path.suffix not in (".json", ".safetensors")]
 
 
 def load_model(dir_or_hub_id, device="cpu", dtype=None):
@@ -117,8 +120,10 @@ def load_model(dir_or_hub_id, device="cpu", dtype=None):
     dtype: of the weights, the file's where it is None. Raises InputError that names the file and the difference.
     """
     folder = checkpoint_folder(dir_or_hub_id)
-    if not any(path.match("model*.safetensors") for path in folder.iterdir()):   # glob finds nothing where it may not look
-        raise InputError(f"no model.safetensors in {folder}; train one first: python {Path(__file__).parent.name}/train.py")
+    # Glob finds nothing where it may not look.
+    if not any(path.match("model*.safetensors") for path in folder.iterdir()):
+        raise InputError(f"no model.safetensors in {folder}; train one first: python"
+                         f" {Path(__file__).parent.name}/train.py")
     tokenizer = load_tokenizer(folder)
     model = load_pretrained(folder, device, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:   # fewer is fine: Qwen's table has rows to spare
@@ -126,8 +131,10 @@ def load_model(dir_or_hub_id, device="cpu", dtype=None):
                          f" config.json only {model.config.vocab_size} rows")
     trained_with = read_metadata(folder / "model.safetensors").get("tokenizer")
     if trained_with and (folder / "tokenizer.json").is_file() and trained_with != sha256(folder / "tokenizer.json"):
-        raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than tokenizer.json holds")
-    # Qwen's config.json names one end, and only its generation_config.json both. A folder saved from here has but the first.
+        raise InputError(f"{folder / 'model.safetensors'} was trained with another vocabulary than"
+                         " tokenizer.json holds")
+    # Qwen's config.json names one end, and only its generation_config.json both. A folder saved from here has but the
+    # first.
     model.config.eos_token_id = [tokenizer.end_of_text, tokenizer.end_of_turn]
     return model, tokenizer
 

@@ -1,7 +1,7 @@
 """Documents and packed batches.
 
-A document is a piece of text that stands by itself: a speech, a docstring, an article, a conversation. Documents differ in
-length by nature. This chapter lays them end to end in one row of T tokens. There is no padding.
+A document is a piece of text that stands by itself: a speech, a docstring, an article, a conversation. Documents differ
+in length by nature. This chapter lays them end to end in one row of T tokens. There is no padding.
 """
 import ast
 import hashlib
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from bpe_from_scratch import valid_unicode
+from cli import InputError
 from conversations import read_conversation
-from errors import InputError
 from formats import ending, excerpt, json_lines, read_utf8, table_rows
 from validation import check_split
 
@@ -94,7 +94,10 @@ def read_documents(path, objects):
 
 
 def read_document(contents):
-    """The "text" of a line or a row, a str, or its conversation, a list of messages. What else it may hold only describes it."""
+    """The "text" of a line or a row, a str, or its conversation, a list of messages.
+
+    What else it may hold only describes it.
+    """
     if isinstance(contents, dict) and "messages" in contents:
         return read_conversation(contents)
     if not isinstance(contents, dict) or not isinstance(contents.get("text"), str):
@@ -104,7 +107,9 @@ def read_document(contents):
 
 
 def learned_text(document):
-    """What the model is trained to write, in the tokenizer's form: a text, or what the assistant says in a conversation."""
+    """What the model is trained to write, in the tokenizer's form: a text, or what the assistant says in a
+    conversation.
+    """
     said = [document] if isinstance(document, str) else [m["content"] for m in document if m["role"] == "assistant"]
     return unicodedata.normalize("NFC", "\n\n".join(said))
 
@@ -123,7 +128,8 @@ def python_docs():
 
 
 def num_bytes(documents):
-    """UTF-8 bytes of a list of documents; what the document-end token stands for, the blank line between, counts too."""
+    """UTF-8 bytes of a list of documents; what the document-end token stands for, the blank line between, counts too.
+    """
     return len("\n\n".join(map(learned_text, documents)).encode())
 
 
@@ -134,8 +140,8 @@ def split_documents(documents, source, fraction=0.1):
     before = [0, *torch.tensor(sizes).cumsum(0).tolist()]   # bytes before each boundary
     cut = min(range(len(before)), key=lambda i: abs(before[i] - goal))
     if not 0 < cut < len(documents):
-        raise InputError(f"{source}: {len(documents)} document(s), {sum(sizes)} bytes are too little text to keep a tenth"
-                         " for validation; give more documents (in a text, blank lines separate them)")
+        raise InputError(f"{source}: {len(documents)} document(s), {sum(sizes)} bytes are too little text to keep"
+                         " a tenth for validation; give more documents (in a text, blank lines separate them)")
     return documents[:cut], documents[cut:]
 
 
@@ -157,9 +163,10 @@ class PackedBatch:
 def tokenize(documents, tokenizer, max_length):
     """Documents as windows (input_ids, targets) of at most max_length tokens, every id but the first a target once.
 
-    A text is framed by end-of-text on both sides: the model must learn to begin one and when to stop. A conversation has
-    a frame of its own, and only what the assistant says is a target; the others are IGNORE. A longer document is cut into
-    windows; none is dropped but those in which the assistant says nothing. Returns (windows, number of documents cut).
+    A text is framed by end-of-text on both sides: the model must learn to begin one and when to stop. A conversation
+    has a frame of its own, and only what the assistant says is a target; the others are IGNORE. A longer document is
+    cut into windows; none is dropped but those in which the assistant says nothing. Returns (windows, number of
+    documents cut).
     """
     windows, cut = [], 0
     for document in documents:
@@ -196,21 +203,22 @@ def fill(batch, budget):
     return PackedBatch(
         input_ids=F.pad(batch.input_ids, (0, missing)),                                  # (budget,)
         targets=F.pad(batch.targets, (0, missing), value=IGNORE),                        # (budget,)
-        position_ids=F.pad(batch.position_ids, (0, missing), value=-1),                  # (budget,), where no document has a token
+        position_ids=F.pad(batch.position_ids, (0, missing), value=-1),   # (budget,), where no document has a token
         cu_seqlens=torch.cat([batch.cu_seqlens, ends]),                                  # (S + missing + 1,)
         max_seqlen=batch.max_seqlen)
 
 
 def shuffled(n, seed, epoch):
-    # Seeded by text: torch's CPU generator reads only 32 bits of a seed, so packing two numbers into one would lose one.
+    # Seeded by text: torch's CPU generator reads only 32 bits of a seed, so packing two numbers into one would lose
+    # one.
     return random.Random(f"{seed} {epoch}").sample(range(n), n)
 
 
 def pack(windows, budget, order):
     """Yield lists of whole windows that have together at most budget tokens.
 
-    order: indices into windows, in the order in which they are to come. One that finds no room waits and is first in the
-    next list; shorter ones behind it take the room that is left. No window may have more than budget tokens.
+    order: indices into windows, in the order in which they are to come. One that finds no room waits and is first in
+    the next list; shorter ones behind it take the room that is left. No window may have more than budget tokens.
     """
     order, queue = iter(order), []
     while queue := queue + list(itertools.islice(order, LOOKAHEAD - len(queue))):

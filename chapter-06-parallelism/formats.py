@@ -12,7 +12,7 @@ import json
 import zlib
 from pathlib import Path
 
-from errors import InputError
+from cli import InputError
 
 ENDINGS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")
 
@@ -22,7 +22,8 @@ def ending(path):
     path = Path(path)
     found = Path(path.name.lower().removesuffix(".gz")).suffix
     if found not in ENDINGS:
-        raise InputError(f"{path}: {found or 'a file without an ending'} is not read, only {' '.join(ENDINGS)}; unpack it,"
+        raise InputError(f"{path}: {found or 'a file without an ending'} is not read, only {' '.join(ENDINGS)};"
+                         " unpack it,"
                          ' or convert it to .jsonl with an object like {"text": "..."} on each line, or to .txt')
     return found
 
@@ -39,7 +40,10 @@ def read_bytes(path):
 
 
 def read_utf8(path):
-    """The text of a file. The line ends of Windows become \\n, and the mark at the beginning, which is no text, goes."""
+    """The text of a file.
+
+    The line ends of Windows become \\n, and the mark at the beginning, which is no text, goes.
+    """
     try:
         return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:

@@ -4,11 +4,11 @@
 
 At Qwen3's vocabulary the logits of 4,096 tokens are 2.5 GB, and plain PyTorch holds three such tensors: logits, their
 log-softmax, and their gradient. Nobody needs them whole. A chunk of tokens has its loss, the gradient of that loss with
-respect to its logits is softmax - one_hot, and once that has been multiplied into the two gradients that are wanted, the
-chunk can go. It has to be done on the way forward, while the logits are there; the way back only scales.
+respect to its logits is softmax - one_hot, and once that has been multiplied into the two gradients that are wanted,
+the chunk can go. It has to be done on the way forward, while the logits are there; the way back only scales.
 
-At work: torch.nn.functional.linear_cross_entropy (torch 2.13), which works in chunks where it is given options and holds all
-logits where it is not, or Liger's kernel on a GPU (Hsu et al. 2024).
+At work: torch.nn.functional.linear_cross_entropy (torch 2.13), which works in chunks where it is given options and
+holds all logits where it is not, or Liger's kernel on a GPU (Hsu et al. 2024).
 
 T, D, V: as in model.py; C: tokens of a chunk.
 """
@@ -17,9 +17,9 @@ import time
 import torch
 import torch.nn.functional as F
 
+from cli import run
 from data import IGNORE
-from errors import run
-from held import Held
+from memory_counter import Held
 from precision import compute_dtype
 
 CHUNK = 256   # tokens. Fewer save little more, and the matrix products become too thin to be fast
@@ -28,7 +28,8 @@ CHUNK = 256   # tokens. Fewer save little more, and the matrix products become t
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradients):
-        low = weight.to(x.dtype)   # under autocast x is bfloat16 and the weight, which must remember small steps, float32
+        # Under autocast x is bfloat16 and the weight, which must remember small steps, float32.
+        low = weight.to(x.dtype)
         # float16 would lose softmax / V; where x is float16 the gradients are made in float32.
         exact = torch.float32 if x.dtype == torch.float16 else x.dtype
         nats = torch.zeros((), device=x.device)
@@ -108,14 +109,16 @@ def main():
     print(f"{T:,} tokens, {D} dimensions, {V:,} words: the logits are {T * V * 4 / 2 ** 20:,.0f} MiB,"
           f" the two gradients {(T + V) * D * 4 / 2 ** 20:,.0f} MiB\n")
     expected = None
-    for name, loss_of in {"plain": plain, "in chunks, by hand": linear_cross_entropy, "F.linear_cross_entropy": library}.items():
+    for name, loss_of in {"plain": plain, "in chunks, by hand": linear_cross_entropy,
+                          "F.linear_cross_entropy": library}.items():
         if name.startswith("F.") and not hasattr(F, "linear_cross_entropy"):
             print(f"{name:<26} needs torch 2.13")
             continue
         loss, gradients, peak, seconds = measure(loss_of, x, weight, targets)
         expected = expected or (loss, gradients)
         worst = max((a - b).abs().max() / b.abs().max() for a, b in zip(gradients, expected[1]))
-        print(f"{name:<26}{loss.item():>14.3f} nats   {peak:>7,.0f} MiB   {seconds:>6.2f} s   gradients differ by {worst:.1e}")
+        print(f"{name:<26}{loss.item():>14.3f} nats   {peak:>7,.0f} MiB   {seconds:>6.2f} s   gradients differ by"
+              f" {worst:.1e}")
         assert worst < 1e-4 and (loss - expected[0]).abs() < 1e-5 * expected[0], f"{name} is not equal: {worst}"
 
 

@@ -1,11 +1,12 @@
-"""Which layout for which cluster? Memory, bytes and time of a training step predicted on paper, for thousands of GPUs in seconds.
+"""Which layout for which cluster? Memory, bytes and time of a training step predicted on paper, for thousands of GPUs
+in seconds.
 
-    python plan.py --model llama-3.1-405b --gpus 512 --gpu h100 --length 8192 --batch-tokens 4194304       (in this folder)
+    python plan.py --model llama-3.1-405b --gpus 512 --gpu h100 --length 8192 --batch-tokens 4194304
 
 How far this can be trusted: plan_validation.py predicts what others have published, and shows the errors.
 
-There are hundreds of ways to lay a model out over a cluster, dp x cp x pp x tp, and a wrong one wastes half of it. To try one
-takes hours of a cluster, to add up what it would do takes none. All numbers are of one GPU and one step.
+There are hundreds of ways to lay a model out over a cluster, dp x cp x pp x tp, and a wrong one wastes half of it. To
+try one takes hours of a cluster, to add up what it would do takes none. All numbers are of one GPU and one step.
 
 What a step takes, of the slowest pipeline stage (each function below gives its formula):
     products       FLOPs / (peak * efficiency)           the only number that is calibrated, see EFFICIENCY
@@ -13,17 +14,17 @@ What a step takes, of the slowest pipeline stage (each function below gives its 
     exposed        bytes on the wires / their bandwidth  of which what hides behind computation is free
     bubble         (p - 1) / v of a microbatch           p stages, v chunks of layers on each
 
-MFU counts attention in full, 12 * layers * length * width for each token, as PaLM, Megatron, llm-foundry and picotron do. A
-causal kernel does half of that, and half is what the time is made of.
+MFU counts attention in full, 12 * layers * length * width for each token, as PaLM, Megatron, llm-foundry and picotron
+do. A causal kernel does half of that, and half is what the time is made of.
 """
 import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from errors import ArgumentParser, InputError, positive, run
+from cli import ArgumentParser, InputError, positive, run
 from model import CONFIGS
-from pipeline_parallel import stage_layers
+from parallel.pipeline import stage_layers
 
 GiB = 2 ** 30
 
@@ -65,8 +66,8 @@ class Model:
     def flops(self, length, causal=False):
         """Training FLOPs for one token: 6 for each weight it is multiplied with (2 forward, 4 backward), and attention.
 
-        A table that is only looked up costs nothing, so of embedding and head one counts. Attention: q k^T and weights v are
-        2 * 2 * length * width forward, three times that with backward; with causal the half that is not masked.
+        A table that is only looked up costs nothing, so of embedding and head one counts. Attention: q k^T and weights
+        v are 2 * 2 * length * width forward, three times that with backward; with causal the half that is not masked.
         """
         weights = self.layers * sum(self.layer_weights().values()) + self.vocab * self.hidden
         return 6 * weights + 12 * self.layers * length * self.heads * self.head_dim / (1 + causal)
@@ -81,7 +82,8 @@ def gpt(layers, hidden, heads, vocab=51200):
 
 
 MODELS = {
-    **{name: Model(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads,
+    **{name: Model(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads,
+                   c.num_key_value_heads,
                    c.head_dim, c.vocab_size, c.tie_word_embeddings, qk_norm=True)
        for name, c in CONFIGS.items() if not c.num_experts},
     "llama-3.1-8b": llama(32, 4096, 14336, 32, 8),
@@ -93,7 +95,8 @@ MODELS = {
     "smollm-1.7b": llama(24, 2048, 8192, 32, 32, 49152, tied=True),
     "mpt-1b": gpt(24, 2048, 16, 50368), "mpt-3b": gpt(32, 2560, 20, 50368), "mpt-7b": gpt(32, 4096, 32, 50368),
     "mpt-13b": gpt(40, 5120, 40, 50368), "mpt-30b": gpt(48, 7168, 56, 50368), "mpt-70b": gpt(80, 8192, 64, 50368),
-    "gpt-7.5b": gpt(36, 4096, 32), "gpt-22b": gpt(48, 6144, 64), "gpt-39b": gpt(48, 8192, 64), "gpt-145b": gpt(80, 12288, 96),
+    "gpt-7.5b": gpt(36, 4096, 32), "gpt-22b": gpt(48, 6144, 64), "gpt-39b": gpt(48, 8192, 64),
+    "gpt-145b": gpt(80, 12288, 96),
     "gpt-175b": gpt(96, 12288, 96), "gpt-530b": gpt(105, 20480, 128), "gpt-1t": gpt(128, 25600, 160),
     "gpt-175b-131k": gpt(96, 12288, 96, 131072),
 }
@@ -103,7 +106,9 @@ MODELS = {
 
 @dataclass(frozen=True)
 class GPU:
-    """From data sheets: FLOP/s by precision, bytes of memory, bytes/s of memory, of NVLink and of the network, each way."""
+    """From data sheets: FLOP/s by precision, bytes of memory, bytes/s of memory, of NVLink and of the network, each
+    way.
+    """
     peak: dict
     memory: float
     bandwidth: float
@@ -112,9 +117,9 @@ class GPU:
     attention: float   # rate of the attention kernel as a share of that of matrix products
 
 
-# FlashAttention-2 reaches half of what matrix products do on an H100 (about 335 of 650 TFLOP/s, the paper's best) and three
-# quarters on an A100 (about 190 of 250): it was written for the A100. torchtitan's H100s have slower memory and run at 500 of
-# 700 W.
+# FlashAttention-2 reaches half of what matrix products do on an H100 (about 335 of 650 TFLOP/s, the paper's best) and
+# three quarters on an A100 (about 190 of 250): it was written for the A100. torchtitan's H100s have slower memory and
+# run at 500 of 700 W.
 H100_PEAK = {"bf16": 989e12, "fp8": 1979e12}
 GPUS = {
     "a100": GPU({"bf16": 312e12}, 80e9, 2.04e12, 300e9, 25e9, 0.75),
@@ -123,8 +128,8 @@ GPUS = {
     "h100-500w": GPU(H100_PEAK, 96e9, 2.4e12, 450e9, 50e9, 0.5),
     "h200": GPU(H100_PEAK, 141e9, 4.8e12, 450e9, 50e9, 0.5),
 }
-# Share of the peak that matrix products reach in training: one number for each GPU and precision, from the one published run
-# that calibrates it (plan_validation.calibrate; a test holds it to that). All other runs are predictions.
+# Share of the peak that matrix products reach in training: one number for each GPU and precision, from the one
+# published run that calibrates it (plan_validation.calibrate; a test holds it to that). All other runs are predictions.
 EFFICIENCY = {("a100", "bf16"): 0.6561, ("h100", "bf16"): 0.4985, ("h100", "fp8"): 0.5907,
               ("h100-500w", "bf16"): 0.4743, ("h100-500w", "fp8"): 0.3964}
 SAME_CHIP = {"a100-40gb": "a100", "h200": "h100"}
@@ -150,12 +155,16 @@ def cluster(name, gpus, per_node=8):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is cut and run. Ranks are numbered dp x cp x pp x tp, tp fastest: it talks most and gets the fastest wires."""
+    """How a step is cut and run.
+
+    Ranks are numbered dp x cp x pp x tp, tp fastest: it talks most and gets the fastest wires.
+    """
     dp: int = 1
     cp: int = 1
     pp: int = 1
     tp: int = 1
-    zero: int = 0                  # cut over dp x cp: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too
+    # Cut over dp x cp: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.
+    zero: int = 0
     micro: int = 1                 # documents of a microbatch
     microbatches: int = 1          # of a step, for each dp rank
     chunks: int = 1                # v of the interleaved schedule
@@ -163,16 +172,20 @@ class Layout:
     precision: str = "bf16"
     compiled: bool = True          # elementwise operations fused
     flash: bool = True             # else attention writes its scores into memory, as before 2022
-    hide_tp: bool = False          # tp communication cut into tp parts, all but the first hidden behind the products (async TP)
+    # Tp communication cut into tp parts, all but the first hidden behind the products (async TP)
+    hide_tp: bool = False
 
     def __str__(self):
-        axes = " ".join(f"{axis}{size}" for axis in ("dp", "cp", "pp", "tp") if (size := getattr(self, axis)) > 1) or "one GPU"
-        return f"{axes}, zero {self.zero}, {self.microbatches} x {self.micro}" + f", v {self.chunks}" * (self.chunks > 1)
+        axes = " ".join(f"{axis}{size}" for axis in ("dp", "cp", "pp", "tp")
+                        if (size := getattr(self, axis)) > 1) or "one GPU"
+        chunks = f", v {self.chunks}" * (self.chunks > 1)
+        return f"{axes}, zero {self.zero}, {self.microbatches} x {self.micro}{chunks}"
 
 
 @functools.cache
 def spread(gpus, per_node, ranks, stride):
-    """(machines, fewest members in one of them) of the group that has the least of them together, of `ranks` ranks `stride` apart.
+    """(machines, fewest members in one of them) of the group that has the least of them together, of `ranks` ranks
+    `stride` apart.
 
     Groups begin at multiples of ranks * stride. Where that does not divide per_node some of them lie across machines.
     """
@@ -182,15 +195,17 @@ def spread(gpus, per_node, ranks, stride):
             last = first + (ranks - 1) * stride
             machines = min(ranks, last // per_node - first // per_node + 1)
             if machines > 1:   # its first machine, its last, and those between
-                fewest = min(-(-(per_node - first % per_node) // stride), last % per_node // stride + 1, max(1, per_node // stride))
+                fewest = min(-(-(per_node - first % per_node) // stride), last % per_node // stride + 1,
+                             max(1, per_node // stride))
                 worst = min(worst, (machines, fewest), key=lambda group: group[1])
     return worst
 
 
 def wire(cluster, ranks, stride):
-    """Bytes/s at which each rank of a group sends, and the share of its bytes that leave the machine. Neighbours in the group are
-    `stride` ranks apart. A ring enters and leaves each machine once; NCCL lays as many rings as there are members in it, each
-    over the network card of another one, so together they have all those cards. All wait for the group that has the fewest.
+    """Bytes/s at which each rank of a group sends, and the share of its bytes that leave the machine. Neighbours in the
+    group are `stride` ranks apart. A ring enters and leaves each machine once; NCCL lays as many rings as there are
+    members in it, each over the network card of another one, so together they have all those cards. All wait for the
+    group that has the fewest.
     """
     machines, members = spread(cluster.gpus, cluster.per_node, ranks, stride)
     if machines == 1:
@@ -199,17 +214,19 @@ def wire(cluster, ranks, stride):
 
 
 def recomputed(model, layout):
-    """Share of a layer's forward products that run a second time. "every-other" is torchtitan's: it keeps the odd ones."""
+    """Share of a layer's forward products that run a second time. "every-other" is torchtitan's: it keeps the odd ones.
+    """
     weights = list(model.layer_weights().values())
-    return {"none": 0, "selective": 0, "every-other": sum(weights[1::2]) / sum(weights), "full": 1}[layout.checkpointing]
+    return {"none": 0, "selective": 0, "every-other": sum(weights[1::2]) / sum(weights),
+            "full": 1}[layout.checkpointing]
 
 
 def elementwise_numbers(model, compiled):
     """Numbers that what lies between the products of a layer reads and writes for one token: (forward, backward).
 
-    Compiled, each tensor is read or written once by each group of operations that follow each other: two residual sums with
-    their norm (4 D each way), the rotation of q and k, the gate. Operation by operation it is what chapter 3 counts, forward
-    a third of it.
+    Compiled, each tensor is read or written once by each group of operations that follow each other: two residual sums
+    with their norm (4 D each way), the rotation of q and k, the gate. Operation by operation it is what chapter 3
+    counts, forward a third of it.
     """
     D, F, rotated = model.hidden, model.ffn, 0 if model.gpt else (model.heads + model.kv_heads) * model.head_dim
     if compiled:
@@ -226,7 +243,8 @@ def layer_seconds(model, length, cluster, layout):
     linear_rate = gpu.peak[layout.precision] * EFFICIENCY[cluster.chip, layout.precision]
     again, full = recomputed(model, layout), layout.checkpointing == "full"
     weights = sum(model.layer_weights().values())
-    # With few tokens a product waits for its weights: two bytes read forward and backward, eight to add to the gradient.
+    # With few tokens a product waits for its weights: two bytes read forward and backward, eight to add to the
+    # gradient.
     products = max(2 * tokens * weights * (3 + again) / linear_rate, 12 * weights / layout.tp / (COPY * gpu.bandwidth))
     pairs, width = tokens * length, model.heads * model.head_dim
     forward, backward = elementwise_numbers(model, layout.compiled)
@@ -237,10 +255,11 @@ def layer_seconds(model, length, cluster, layout):
         products += 4 * pairs * width * (3 + (layout.checkpointing != "none")) / rate
         numbers += length * model.heads * (15 + 6 * (layout.checkpointing != "none"))
     moved = 2 * tokens * numbers
-    # Each round of the ring adds to sums in float32, read, added to and written: one forward, three backward, those of dq, dk
-    # and dv.
+    # Each round of the ring adds to sums in float32, read, added to and written: one forward, three backward, those of
+    # dq, dk and dv.
     moved += (layout.cp - 1) * tokens * width * 12 * (4 + full)
-    if layout.precision == "fp8":   # inputs and gradients are read for the largest, read again, and written in both orders
+    # Inputs and gradients are read for the largest, read again, and written in both orders.
+    if layout.precision == "fp8":
         inputs = 2 * model.hidden + width + model.ffn
         gradients = width + 2 * model.kv_heads * model.head_dim + 2 * model.hidden + (1 if model.gpt else 2) * model.ffn
         moved += 6 * tokens * (inputs * (1 + again) + gradients)
@@ -248,7 +267,10 @@ def layer_seconds(model, length, cluster, layout):
 
 
 def head_seconds(model, length, cluster, layout):
-    """The last product, in bf16 even with fp8, and the loss: ten passes over logits in float32, five if compiled. Two numbers."""
+    """The last product, in bf16 even with fp8, and the loss: ten passes over logits in float32, five if compiled.
+
+    Two numbers.
+    """
     tokens = layout.micro * length / layout.cp / layout.tp
     products = 6 * tokens * model.vocab * model.hidden / (cluster.gpu.peak["bf16"] * EFFICIENCY[cluster.chip, "bf16"])
     return products, 4 * (5 if layout.compiled else 10) * tokens * model.vocab / (COPY * cluster.gpu.bandwidth)
@@ -257,7 +279,8 @@ def head_seconds(model, length, cluster, layout):
 def largest_stage(model, layout, head=0.0):
     """Layers of the slowest rank, the head counted as so many; and the most layers of any rank.
 
-    Interleaved, rank r has chunks r, r + p, r + 2 p ... (Narayanan et al. 2021). The head belongs to the last rank's last one.
+    Interleaved, rank r has chunks r, r + p, r + 2 p ... (Narayanan et al. 2021). The head belongs to the last rank's
+    last one.
     """
     counts = [end - start for start, end in stage_layers(model.layers, layout.pp * layout.chunks, head)]
     ranks = [sum(counts[rank::layout.pp]) for rank in range(layout.pp)]
@@ -265,14 +288,15 @@ def largest_stage(model, layout, head=0.0):
 
 
 def memory(model, length, cluster, layout):
-    """Bytes on the fullest GPU, {part: bytes}; GPipe would hold all microbatches, 1F1B holds at most as many as there are stages.
+    """Bytes on the fullest GPU, {part: bytes}; GPipe would hold all microbatches, 1F1B holds at most as many as there
+    are stages.
 
     A parameter: 2 for the bf16 copy that computes, 4 for the exact one, 4 for the gradient, 8 for Adam's two moments
-    (Rajbhandari et al. 2020). ZeRO cuts them over the n = dp * cp ranks: 1 the last 12, 2 the gradient, 3 the copy; what is
-    at work is then gathered layer by layer, two of them at a time. Activations of a layer for one token, in numbers of two
-    bytes (Korthikanti et al. 2022, here without dropout): inputs and results of norms, products, rotation, attention and
-    gate. Logits, where the loss is not cut into chunks: in bf16, and in float32 their log-softmax and the two gradients that
-    exist at once.
+    (Rajbhandari et al. 2020). ZeRO cuts them over the n = dp * cp ranks: 1 the last 12, 2 the gradient, 3 the copy;
+    what is at work is then gathered layer by layer, two of them at a time. Activations of a layer for one token, in
+    numbers of two bytes (Korthikanti et al. 2022, here without dropout): inputs and results of norms, products,
+    rotation, attention and gate. Logits, where the loss is not cut into chunks: in bf16, and in float32 their
+    log-softmax and the two gradients that exist at once.
     """
     n, T = layout.dp * layout.cp, layout.micro * length / layout.cp
     _, layers = largest_stage(model, layout)
@@ -300,14 +324,15 @@ def memory(model, length, cluster, layout):
 
 
 def communication(model, length, cluster, layout):
-    """What one GPU sends in a step: {axis: (bytes, seconds, share between machines)}. The table in parallel.py counts the bytes.
+    """What one GPU sends in a step: {axis: (bytes, seconds, share between machines)}. The table in parallel/mesh.py
+    counts the bytes.
 
-    tp, in every layer: all-gather before and reduce-scatter after attention and MLP, forward and backward, so 8 times the
-    activations of a microbatch, 12 if the forward pass runs again; the vocabulary-parallel head adds 4. cp: keys and values
-    go round the ring, forward, and backward with their gradients. pp: an activation forward and a gradient back for each
-    microbatch and chunk. dp (with cp: both see other tokens): gradients are summed in float32, weights gathered in bf16.
-    Without ZeRO an all-reduce once a step; ZeRO 1 its first half, and then the new weights; from 2 on gradients after each
-    microbatch, and 3 gathers the weights for its forward and for its backward pass.
+    tp, in every layer: all-gather before and reduce-scatter after attention and MLP, forward and backward, so 8 times
+    the activations of a microbatch, 12 if the forward pass runs again; the vocabulary-parallel head adds 4. cp: keys
+    and values go round the ring, forward, and backward with their gradients. pp: an activation forward and a gradient
+    back for each microbatch and chunk. dp (with cp: both see other tokens): gradients are summed in float32, weights
+    gathered in bf16. Without ZeRO an all-reduce once a step; ZeRO 1 its first half, and then the new weights; from 2 on
+    gradients after each microbatch, and 3 gathers the weights for its forward and for its backward pass.
     """
     n, T = layout.dp * layout.cp, layout.micro * length / layout.cp
     _, layers = largest_stage(model, layout)
@@ -345,10 +370,10 @@ class Prediction:
 def predict(model, length, cluster, layout):
     """A Prediction. tokens_per_second: of each GPU.
 
-    The pipeline's rule: m microbatches of the slowest stage and (p - 1) / v more for filling and draining, so the bubble is
-    (p - 1) / (v m + p - 1) of the step (Narayanan et al. 2021). What hides: cp behind attention and dp behind computation,
-    ZeRO 3 and 2 all along, 0 and 1 behind the last microbatch's backward pass, two thirds of its time. tp does not, unless
-    hide_tp; pp does not.
+    The pipeline's rule: m microbatches of the slowest stage and (p - 1) / v more for filling and draining, so the
+    bubble is (p - 1) / (v m + p - 1) of the step (Narayanan et al. 2021). What hides: cp behind attention and dp behind
+    computation, ZeRO 3 and 2 all along, 0 and 1 behind the last microbatch's backward pass, two thirds of its time. tp
+    does not, unless hide_tp; pp does not.
     """
     m = layout.microbatches
     layer, head = layer_seconds(model, length, cluster, layout), head_seconds(model, length, cluster, layout)
@@ -360,7 +385,8 @@ def predict(model, length, cluster, layout):
                + max(0, sent["cp"][1] - m * layers * layer[0] / 2))
     sizes = memory(model, length, cluster, layout)
     bubble = (micro + exposed / m) * (layout.pp - 1) / layout.chunks
-    optimizer = 28 * sizes["optimizer"] / 12 / (COPY * cluster.gpu.bandwidth)   # reads four numbers of a parameter, writes three
+    # Reads four numbers of a parameter, writes three.
+    optimizer = 28 * sizes["optimizer"] / 12 / (COPY * cluster.gpu.bandwidth)
     products = m * micro * layer[0] / sum(layer)
     seconds = {"products": products, "elementwise": m * micro - products, "exposed": exposed, "bubble": bubble,
                "optimizer": optimizer}
@@ -368,7 +394,8 @@ def predict(model, length, cluster, layout):
     speed = tokens / sum(seconds.values())
     bytes = {"inside": sum(b * (1 - leaving) for b, _, leaving in sent.values()),
              "between": sum(b * leaving for b, _, leaving in sent.values())}
-    return Prediction(layout, sizes, bytes, seconds, speed, speed * model.flops(length) / cluster.gpu.peak[layout.precision])
+    return Prediction(layout, sizes, bytes, seconds, speed,
+                      speed * model.flops(length) / cluster.gpu.peak[layout.precision])
 
 
 # ------------------------------------------------------------------------------------------------------- the search
@@ -393,7 +420,8 @@ def illegal(model, length, tokens, cluster, dp, cp, pp, tp):
         return "batch does not divide by dp documents"
 
 
-def layouts(model, length, tokens, cluster, base=Layout(), zeros=(0, 1, 2, 3), checkpointing=("none", "selective", "full")):
+def layouts(model, length, tokens, cluster, base=Layout(), zeros=(0, 1, 2, 3),
+            checkpointing=("none", "selective", "full")):
     """All legal layouts of a step of so many tokens, and why the other meshes are not: [Layout, ...], Counter."""
     found, reasons = [], Counter()
     for tp in divisors(cluster.gpus):
@@ -408,15 +436,21 @@ def layouts(model, length, tokens, cluster, base=Layout(), zeros=(0, 1, 2, 3), c
                 for micro in (size for size in (1, 2, 4, 8, 16) if documents % size == 0):
                     m = documents // micro
                     interleaved = [v for v in (2, 4) if pp > 1 and pp * v <= model.layers and m % pp == 0]
-                    # From stage 2 on gradients are scattered after every microbatch: with a pipeline that would be in its way.
+                    # From stage 2 on gradients are scattered after every microbatch: with a pipeline that would be in
+                    # its way.
                     for zero in (z for z in zeros if (pp == 1 or z < 2) and (dp * cp > 1 or z == 0)):
-                        found += [replace(base, dp=dp, cp=cp, pp=pp, tp=tp, zero=zero, micro=micro, microbatches=m, chunks=chunks,
-                                          checkpointing=choice) for chunks in (1, *interleaved) for choice in checkpointing]
+                        found += [replace(base, dp=dp, cp=cp, pp=pp, tp=tp, zero=zero, micro=micro, microbatches=m,
+                                          chunks=chunks,
+                                          checkpointing=choice) for chunks in (1,
+                                          *interleaved) for choice in checkpointing]
     return found, reasons
 
 
 def remedy(model, length, tokens, cluster, **options):
-    """Which change of one flag would make a layout fit, as the end of a message; found by trying. Empty if nothing is found."""
+    """Which change of one flag would make a layout fit, as the end of a message; found by trying.
+
+    Empty if nothing is found.
+    """
     twos = [2 ** k for k in range(18)]
     filled = [gpus for gpus in {*twos, *(cluster.per_node * two for two in twos)}
               if gpus <= cluster.per_node or gpus % cluster.per_node == 0]
@@ -432,7 +466,9 @@ def remedy(model, length, tokens, cluster, **options):
 
 
 def plan(model, length, tokens, cluster, **options):
-    """The best layout of each mesh that fits, fastest first, and why the others do not: [Prediction, ...], Counter of reasons."""
+    """The best layout of each mesh that fits, fastest first, and why the others do not: [Prediction, ...], Counter of
+    reasons.
+    """
     candidates, reasons = layouts(model, length, tokens, cluster, **options)
     if not candidates:
         why = ", ".join(f"{number} because {reason}" for reason, number in reasons.most_common())
@@ -451,9 +487,10 @@ def plan(model, length, tokens, cluster, **options):
     reasons["memory"] = len(least) - len(best)
     if not best:
         usable = USABLE * cluster.gpu.memory / GiB
-        raise InputError(f"nothing fits: the smallest of {len(candidates):,} layouts takes {math.ceil(10 * min(least.values()) / GiB) / 10:,}"
-                         f" GiB on each GPU, and tensors can have {math.floor(10 * usable) / 10:,}, {USABLE:.0%} of its"
-                         f" {cluster.gpu.memory / GiB:,.1f}" + remedy(model, length, tokens, cluster, **options))
+        raise InputError(f"nothing fits: the smallest of {len(candidates):,} layouts takes"
+                         f" {math.ceil(10 * min(least.values()) / GiB) / 10:,} GiB on each GPU, and tensors can have"
+                         f" {math.floor(10 * usable) / 10:,}, {USABLE:.0%} of its {cluster.gpu.memory / GiB:,.1f}"
+                         + remedy(model, length, tokens, cluster, **options))
     return sorted(best.values(), key=lambda prediction: -prediction.tokens_per_second), +reasons
 
 
@@ -465,13 +502,18 @@ def parse_arguments():
     parser.add_argument("--gpus", type=positive(int), default=8, metavar="N", help="how many")
     parser.add_argument("--gpu", default="h100", help="one of " + ", ".join(GPUS))
     parser.add_argument("--length", type=positive(int), default=8192, metavar="L", help="tokens of a document")
-    parser.add_argument("--batch-tokens", type=positive(int), default=2 ** 20, metavar="T", help="tokens of a step, all GPUs")
+    parser.add_argument("--batch-tokens", type=positive(int), default=2 ** 20, metavar="T",
+                        help="tokens of a step, all GPUs")
     parser.add_argument("--precision", choices=H100_PEAK, default="bf16", help="of the products in the layers")
     parser.add_argument("--per-node", type=positive(int), default=8, metavar="N", help="GPUs in a machine")
-    parser.add_argument("--memory", type=positive(float), metavar="GB", help="of a GPU, in 1e9 bytes (None: as --gpu has)")
-    parser.add_argument("--peak", type=positive(float), metavar="TFLOPS", help="of a GPU in this precision (None: as --gpu has)")
-    parser.add_argument("--inside", type=positive(float), metavar="GBS", help="GB/s of a GPU in a machine (None: as --gpu has)")
-    parser.add_argument("--between", type=positive(float), metavar="GBS", help="GB/s of a GPU's network (None: as --gpu has)")
+    parser.add_argument("--memory", type=positive(float), metavar="GB",
+                        help="of a GPU, in 1e9 bytes (None: as --gpu has)")
+    parser.add_argument("--peak", type=positive(float), metavar="TFLOPS",
+                        help="of a GPU in this precision (None: as --gpu has)")
+    parser.add_argument("--inside", type=positive(float), metavar="GBS",
+                        help="GB/s of a GPU in a machine (None: as --gpu has)")
+    parser.add_argument("--between", type=positive(float), metavar="GBS",
+                        help="GB/s of a GPU's network (None: as --gpu has)")
     parser.add_argument("--top", type=positive(int), default=10, metavar="N", help="how many layouts to show")
     return parser.parse_args()
 
@@ -502,7 +544,8 @@ def main():
     if tokens % length:
         raise InputError(f"--batch-tokens {tokens} is not a multiple of --length {length}: a step has whole documents")
     best, reasons = plan(model, length, tokens, machines, base=Layout(precision=arguments.precision))
-    print(f"{arguments.model}: {model.parameters(length) / 1e9:.2f} B parameters, {model.flops(length) / 1e9:,.1f} GFLOP a token;"
+    print(f"{arguments.model}: {model.parameters(length) / 1e9:.2f} B parameters, {model.flops(length) / 1e9:,.1f}"
+          " GFLOP a token;"
           f" {arguments.gpus} {arguments.gpu}, {tokens:,} tokens a step, {arguments.precision}\n")
     print("  dp  cp  pp  tp  zero  microbatches  v  checkpointing   GiB  tok/s/GPU    MFU  step, s"
           "  compute exposed  bubble  GB inside  between")
@@ -511,9 +554,10 @@ def main():
         step, speed = sum(seconds.values()), prediction.tokens_per_second
         compute = seconds["products"] + seconds["elementwise"] + seconds["optimizer"]
         print(f"{layout.dp:>4}{layout.cp:>4}{layout.pp:>4}{layout.tp:>4}{layout.zero:>6}{layout.microbatches:>9}"
-              f" x {layout.micro:<2}{layout.chunks:>3}  {layout.checkpointing:<13}{prediction.gib():>6.1f}{speed:>11,.0f}"
-              f"{prediction.mfu:>7.1%}{step:>9.2f}{compute / step:>9.0%}{seconds['exposed'] / step:>8.0%}"
-              f"{seconds['bubble'] / step:>8.0%}{sent['inside'] / 1e9:>11,.1f}{sent['between'] / 1e9:>9,.1f}")
+              f" x {layout.micro:<2}{layout.chunks:>3}  {layout.checkpointing:<13}{prediction.gib():>6.1f}"
+              f"{speed:>11,.0f}{prediction.mfu:>7.1%}{step:>9.2f}{compute / step:>9.0%}"
+              f"{seconds['exposed'] / step:>8.0%}{seconds['bubble'] / step:>8.0%}"
+              f"{sent['inside'] / 1e9:>11,.1f}{sent['between'] / 1e9:>9,.1f}")
     print(f"\nthe best of each of the {len(best)} meshes that fit"
           + "".join(f"\n{number:>5} do not: {reason}" for reason, number in reasons.most_common()))
 

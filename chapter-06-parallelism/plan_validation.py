@@ -2,37 +2,42 @@
 
     python plan_validation.py        writes results/plan_validation.json, results/plan_summary.json and figures/plan.png
 
-Only what the sources state is put in; where they leave something open, the remark says what was assumed. Rows that calibrate
-give one number of plan.EFFICIENCY each and are right by construction: for each GPU and precision a source's run of a 7B or 8B
-model on 8 GPUs, for torchtitan the compiled one. No other row is fitted, and what misses stays, with the reason as far as it
-is known.
+Only what the sources state is put in; where they leave something open, the remark says what was assumed. Rows that
+calibrate give one number of plan.EFFICIENCY each and are right by construction: for each GPU and precision a source's
+run of a 7B or 8B model on 8 GPUs, for torchtitan the compiled one. No other row is fitted, and what misses stays, with
+the reason as far as it is known.
 """
 import statistics
 
-from errors import run
+from cli import run
 from plan import EFFICIENCY, GPUS, MODELS, SAME_CHIP, Layout, cluster, plan, predict
-from report import FIGURES, write_results
+from results import FIGURES, write_results
 
 SOURCES = {
     "torchtitan": "https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md",
-    "torchtitan H200": "https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3-8b_h200_202506_trainy-whitefiber.md",
+    "torchtitan H200": "https://github.com/pytorch/torchtitan/blob/main/benchmarks/"
+                       "llama3-8b_h200_202506_trainy-whitefiber.md",
     "llm-foundry": "https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md",
     "Megatron 2021": "https://arxiv.org/abs/2104.04473",
     "Megatron 2022": "https://arxiv.org/abs/2205.05198",
     "Megatron-LM": "https://github.com/NVIDIA/Megatron-LM#training-speed-and-scalability",
-    "NeMo 24.12": "https://docs.nvidia.com/nemo-framework/user-guide/24.12/nemotoolkit/performance/performance_summary.html",
+    "NeMo 24.12": "https://docs.nvidia.com/nemo-framework/user-guide/24.12/nemotoolkit/performance/"
+                  "performance_summary.html",
     "picotron": "https://github.com/huggingface/picotron",
 }
 
-# How each source counts where it does not say tokens/s. Model.flops counts the weights of layers and head, and attention in full.
-#     Megatron 2021, in TFLOP/s       as that, and the layers' forward pass a second time: full checkpointing runs it (equation 3)
+# How each source counts where it does not say tokens/s. Model.flops counts the weights of layers and head, and
+# attention in full.
+#     Megatron 2021, in TFLOP/s       as that, and the layers' forward pass again, for full checkpointing (equation 3)
 #     Megatron 2022, in seconds       of a step: nothing to count
 #     Megatron-LM, in MFU             as that
 #     picotron, in MFU                6 for each parameter instead, of embeddings and norms too
 
 
-def entry(name, source, gpu, gpus, model, length, published, unit="tok/s", gib=None, calibrates=False, open="", why="", **layout):
-    return dict(name=name, source=source, gpu=gpu, gpus=gpus, model=model, length=length, published=published, unit=unit, gib=gib,
+def entry(name, source, gpu, gpus, model, length, published, unit="tok/s", gib=None, calibrates=False, open="",
+          why="", **layout):
+    return dict(name=name, source=source, gpu=gpu, gpus=gpus, model=model, length=length, published=published,
+                unit=unit, gib=gib,
                 calibrates=calibrates, open=open, why=why, layout=layout)
 
 
@@ -41,7 +46,8 @@ def titan(name, gpus, published, gib, model="llama-3.1-8b", length=8192, **layou
 
 
 def foundry(model, gpus, published, micro, microbatches, length=2048, gpu="a100", checkpointing="none", **more):
-    return entry(f"{model}, length {length}", "llm-foundry", gpu, gpus, model, length, published, dp=gpus, zero=3, micro=micro,
+    return entry(f"{model}, length {length}", "llm-foundry", gpu, gpus, model, length, published, dp=gpus,
+                 zero=3, micro=micro,
                microbatches=microbatches, checkpointing=checkpointing, compiled=False, **more)
 
 
@@ -54,12 +60,14 @@ def megatron(model, gpus, published, unit, source, tp, pp, batch, chunks=1, **mo
 
 def nemo(model, gpus, published, batch, micro, length=4096, tp=1, pp=1, cp=1, chunks=1, **more):
     dp = gpus // tp // pp // cp
-    return entry(f"{model}, fp8", "NeMo 24.12", "h100", gpus, model, length, published, dp=dp, cp=cp, tp=tp, pp=pp, chunks=chunks,
+    return entry(f"{model}, fp8", "NeMo 24.12", "h100", gpus, model, length, published, dp=dp, cp=cp, tp=tp, pp=pp,
+                 chunks=chunks,
                  micro=micro, microbatches=batch // dp // micro, zero=1, precision="fp8", hide_tp=True, **more)
 
 
 def titan_h200(gpus, published, gib):
-    return entry("8B, compiled, fp8", "torchtitan H200", "h200", gpus, "llama-3.1-8b", 8192, published, gib=gib, dp=gpus,
+    return entry("8B, compiled, fp8", "torchtitan H200", "h200", gpus, "llama-3.1-8b", 8192, published,
+                 gib=gib, dp=gpus,
                  precision="fp8", **SAC)
 
 
@@ -105,7 +113,8 @@ PUBLISHED = [
     foundry("mpt-7b", 128, 3623, 18, 1, gpu="a100-40gb", checkpointing="full"),
     foundry("mpt-7b", 8, 10643, 6, 1, gpu="h100", calibrates=True),
     foundry("mpt-3b", 64, 22525, 6, 3, gpu="h100"),
-    foundry("mpt-13b", 64, 4800, 2, 1, gpu="h100", why="assumed: FSDP hides, here behind one microbatch of 4,096 tokens"),
+    foundry("mpt-13b", 64, 4800, 2, 1, gpu="h100", why="assumed: FSDP hides, here behind one microbatch of 4,096"
+                                                       " tokens"),
     foundry("mpt-70b", 64, 1039, 8, 4, gpu="h100", checkpointing="full"),
     megatron("gpt-7.5b", 128, 142, "TFLOP/s", "Megatron 2021", 4, 1, 512, checkpointing="full"),
     megatron("gpt-39b", 512, 138, "TFLOP/s", "Megatron 2021", 8, 2, 1536, 2, checkpointing="full", open=TWO),
@@ -125,10 +134,12 @@ PUBLISHED = [
     nemo("gpt-175b", 512, 825, 2048, 2, length=2048, tp=4, pp=8, chunks=6),
     entry("gpt-175b", "Megatron-LM", "h100", 96, "gpt-175b-131k", 4096, 0.47, "MFU", **ANY),
     entry("gpt-175b", "Megatron-LM", "h100", 4608, "gpt-175b-131k", 4096, 0.42, "MFU", **ANY),
-    entry("smollm-1.7b", "picotron", "h100", 8, "smollm-1.7b", 2048, 0.50, "MFU", dp=8, micro=4, microbatches=32, compiled=False,
+    entry("smollm-1.7b", "picotron", "h100", 8, "smollm-1.7b", 2048, 0.50, "MFU", dp=8, micro=4, microbatches=32,
+          compiled=False,
           open='"nearly 50 %"; layout not published: that of its quick start',
           why="the H100's efficiency is that of llm-foundry's software"),
-    entry("llama-2-7b", "picotron", "h100", 64, "llama-2-7b", 4096, 0.38, "MFU", tokens=2 ** 22, zero=0, checkpointing=("none",),
+    entry("llama-2-7b", "picotron", "h100", 64, "llama-2-7b", 4096, 0.38, "MFU", tokens=2 ** 22, zero=0,
+          checkpointing=("none",),
           compiled=False, open="layout and batch not published: the best one found for 4 M tokens"),
 ]
 
@@ -142,7 +153,8 @@ def published_tokens(row):
         again = model.flops(length) - 6 * model.vocab * model.hidden
         return value * 1e12 / (model.flops(length) + again / 3)
     if row["unit"] == "MFU":
-        tables = 6 * (model.parameters(length) - sum(model.layer_weights().values()) * model.layers - model.vocab * model.hidden)
+        tables = 6 * (model.parameters(length) - sum(model.layer_weights().values()) * model.layers - model.vocab
+                      * model.hidden)
         flops = model.flops(length) + (tables if row["source"] == "picotron" else 0)
         return value * GPUS[row["gpu"]].peak["bf16"] / flops
     return value
@@ -154,11 +166,15 @@ def predict_published(row):
     if "tokens" not in options:
         return predict(model, row["length"], machines, Layout(**options))
     tokens, zero, choices = options.pop("tokens"), options.pop("zero"), options.pop("checkpointing")
-    return plan(model, row["length"], tokens, machines, base=Layout(**options), zeros=(zero,), checkpointing=choices)[0][0]
+    return plan(model, row["length"], tokens, machines, base=Layout(**options), zeros=(zero,),
+                checkpointing=choices)[0][0]
 
 
 def calibrate(row):
-    """The efficiency at which the prediction for a row is what was published, by bisection. Leaves EFFICIENCY as it was."""
+    """The efficiency at which the prediction for a row is what was published, by bisection.
+
+    Leaves EFFICIENCY as it was.
+    """
     key = SAME_CHIP.get(row["gpu"], row["gpu"]), row["layout"].get("precision", "bf16")
     before, low, high = EFFICIENCY[key], 0.01, 1.0
     for _ in range(40):
@@ -176,8 +192,10 @@ def compare():
         prediction, tokens = predict_published(row), published_tokens(row)
         remark = ["calibrates"] * row["calibrates"] + [text for text in (row["open"], row["why"]) if text]
         rows.append({
-            "source": f"[{row['source']}]({SOURCES[row['source']]})", "run": f"{row['name']}, {row['gpu']}", "gpus": row["gpus"],
-            "layout": f"{prediction.layout}", "published": round(tokens, 1), "predicted": round(prediction.tokens_per_second, 1),
+            "source": f"[{row['source']}]({SOURCES[row['source']]})", "run": f"{row['name']}, {row['gpu']}",
+            "gpus": row["gpus"],
+            "layout": f"{prediction.layout}", "published": round(tokens, 1),
+            "predicted": round(prediction.tokens_per_second, 1),
             "error": f"{100 * (prediction.tokens_per_second / tokens - 1):+.1f} %", "gib": row["gib"] or "",
             "predicted_gib": round(prediction.gib(), 1), "remark": "; ".join(remark)})
     return rows
@@ -185,7 +203,8 @@ def compare():
 
 def summary(rows):
     """The rows of results/plan_summary.json: how good the predictions are, by source, without what calibrates."""
-    predicted = [(row["source"], float(row["error"].split()[0])) for row in rows if not row["remark"].startswith("calibrates")]
+    predicted = [(row["source"], float(row["error"].split()[0])) for row in rows
+                 if not row["remark"].startswith("calibrates")]
     names = list(dict.fromkeys(source for source, _ in predicted))
     groups = {name: [error for source, error in predicted if source == name] for name in names}
     groups["all"] = [error for _, error in predicted]
@@ -200,14 +219,16 @@ def draw(rows):
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.6), layout="constrained")
-    colours = dict(zip(SOURCES, ["#1f6f8b", "#1f6f8b", "#d9822b", "#7a5195", "#7a5195", "#7a5195", "#888888", "#b23a48"]))
+    colours = dict(zip(SOURCES, ["#1f6f8b", "#1f6f8b", "#d9822b", "#7a5195", "#7a5195", "#7a5195",
+                                 "#888888", "#b23a48"]))
     left.axhspan(0.85, 1.15, color="#1f6f8b", alpha=0.12, linewidth=0)
     left.axhline(1, color="#888888", linewidth=0.8)
     for row, source in zip(rows, PUBLISHED):
         colour = colours[source["source"]]
         left.plot(row["published"], row["predicted"] / row["published"], "o", markersize=5.5, color=colour,
                   markerfacecolor="none" if source["calibrates"] else colour)
-    for place, (name, colour) in enumerate((("torchtitan", "#1f6f8b"), ("llm-foundry", "#d9822b"), ("Megatron-LM", "#7a5195"),
+    for place, (name, colour) in enumerate((("torchtitan", "#1f6f8b"), ("llm-foundry", "#d9822b"),
+                                            ("Megatron-LM", "#7a5195"),
                                             ("NeMo", "#888888"), ("picotron", "#b23a48"))):
         left.text(0.97, 0.94 - 0.055 * place, name, color=colour, ha="right", transform=left.transAxes, fontsize=11)
     left.text(0.03, 0.04, "band: 15 %\nopen circles calibrate", transform=left.transAxes, fontsize=10)
@@ -233,17 +254,20 @@ def main():
     rows = compare()
     for row, source in zip(rows, PUBLISHED):
         print(f"{source['source']:<16}{row['run']:<40}{row['gpus']:>5}  {row['layout']:<44}"
-              f"{row['published']:>8,.0f}{row['predicted']:>8,.0f}{row['error']:>9}{'  calibrates' * source['calibrates']}")
+              f"{row['published']:>8,.0f}{row['predicted']:>8,.0f}{row['error']:>9}"
+              f"{'  calibrates' * source['calibrates']}")
     command = "python chapter-06-parallelism/plan_validation.py"
     print(write_results("plan_validation", command, {
         "run": "run", "gpus": "GPUs", "layout": "layout, microbatches", "published": "tok/s/GPU published",
-        "predicted": "predicted", "error": "error", "gib": "GiB published", "predicted_gib": "predicted", "remark": "remark",
+        "predicted": "predicted", "error": "error", "gib": "GiB published", "predicted_gib": "predicted",
+        "remark": "remark",
         "source": "source"}, rows))
     print(write_results("plan_summary", command, {"source": "source", "runs": "runs predicted", "within": "within 15 %",
                                                   "median": "median error", "worst": "largest error"}, summary(rows)))
     for row in summary(rows):
         name = row["source"].partition("]")[0].strip("[")
-        print(f"{name:<16}{row['within']:>3} of {row['runs']:>2} within 15 %, median {row['median']}, largest {row['worst']}")
+        print(f"{name:<16}{row['within']:>3} of {row['runs']:>2} within 15 %, median {row['median']}, largest"
+              f" {row['worst']}")
     draw(rows)
 
 

@@ -2,18 +2,20 @@
 
     python schedules.py        (in this folder: about two minutes, in four processes that it starts itself)
 
-A pipeline is full only in the middle of a step. What can be done about its two ends? More microbatches, which makes the middle
-longer. Shorter stages, several on each rank, so that a rank's turn comes earlier (interleaved). Or a look at what backward is:
-the gradient of the input, for which the stage before waits, and the gradient of the weights, for which nobody does until the
-step ends, so that it can be done whenever there is nothing better to do (zero bubble, Qi et al. 2023).
+A pipeline is full only in the middle of a step. What can be done about its two ends? More microbatches, which makes the
+middle longer. Shorter stages, several on each rank, so that a rank's turn comes earlier (interleaved). Or a look at
+what backward is: the gradient of the input, for which the stage before waits, and the gradient of the weights, for
+which nobody does until the step ends, so that it can be done whenever there is nothing better to do (zero bubble, Qi et
+al. 2023).
 
-By hand, in pipeline_parallel.py, are GPipe and 1F1B. The others are the library's, torch.distributed.pipelining: their order is
-read out of its own tables, played on paper (simulate), and run. The model's layers in its stages find the same gradients as
-ours. On the clock, work is sleep: a forward of a fixed time in which nothing is computed, through the real runner with real
-messages. So four stages can be timed on any machine, whatever its number of cores, and what is measured is the schedule and
-not the model. It says nothing about the speed of a GPU.
+By hand, in parallel/pipeline.py, are GPipe and 1F1B. The others are the library's, torch.distributed.pipelining: their
+order is read out of its own tables, played on paper (simulate), and run. The model's layers in its stages find the same
+gradients as ours. On the clock, work is sleep: a forward of a fixed time in which nothing is computed, through the real
+runner with real messages. So four stages can be timed on any machine, whatever its number of cores, and what is
+measured is the schedule and not the model. It says nothing about the speed of a GPU.
 
-p: ranks; m: microbatches; v: stages on each rank; actions: F forward, B backward, or its two parts, I (input) and W (weights).
+p: ranks; m: microbatches; v: stages on each rank; actions: F forward, B backward, or its two parts, I (input) and W
+(weights).
 """
 import functools
 import os
@@ -32,25 +34,27 @@ from torch import nn
 from torch.distributed.pipelining import (PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B,
                                           ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble)
 
+from cli import run as run_script
 from data import IGNORE, fill, packed_sequence_collate_fn
-from errors import run as run_script
 from model import ModelConfig, Transformer
-from parallel import label, make_mesh
-from pipeline_parallel import cut_stage, gpipe, one_f_one_b, run
-from report import FIGURES, write_results
+from parallel.mesh import label, make_mesh
+from parallel.pipeline import cut_stage, gpipe, keep_stage, one_f_one_b, run, run_stage
+from results import FIGURES, write_results
 
 P, M = 4, 8                                  # ranks and microbatches of the picture
 TIMES = {"F": 1, "B": 2, "I": 1, "W": 1}     # backward has two matrix products where forward has one
 UNIT = 0.05                                  # seconds, on the clock
 BY_HAND = {"GPipe": gpipe, "1F1B": one_f_one_b}
 LIBRARY = {"GPipe": (ScheduleGPipe, 1), "1F1B": (Schedule1F1B, 1), "interleaved 1F1B": (ScheduleInterleaved1F1B, 2),
-           "zero bubble, ZB1P": (ScheduleInterleavedZeroBubble, 1), "zero bubble, ZBV": (ScheduleZBVZeroBubble, 2)}   # and v
-FORMULA = {   # the share of all time that is lost, with TIMES. Each: what a rank waits / (what it works + what it waits)
+           "zero bubble, ZB1P": (ScheduleInterleavedZeroBubble, 1),
+           "zero bubble, ZBV": (ScheduleZBVZeroBubble, 2)}   # and v
+# The share of all time that is lost, with TIMES. Each: what a rank waits / (what it works + what it waits)
+FORMULA = {
     "GPipe": lambda p, m: (p - 1) / (m + p - 1),
     "1F1B": lambda p, m: (p - 1) / (m + p - 1),
-    "interleaved 1F1B": lambda p, m: (p - 1) / (2 * m + p - 1),     # a turn on the way takes 1 / v of the time; here v = 2
-    "zero bubble, ZB1P": lambda p, m: (p - 1) / (3 * m + p - 1),    # waits F + I - W for each stage on the way, no longer F + B
-    "zero bubble, ZBV": lambda p, m: (p - 1) / (6 * m + p - 1),     # waits half an F: that the first forward comes at all
+    "interleaved 1F1B": lambda p, m: (p - 1) / (2 * m + p - 1),     # a turn takes 1 / v of the time; here v = 2
+    "zero bubble, ZB1P": lambda p, m: (p - 1) / (3 * m + p - 1),    # waits F + I - W for each stage, not F + B
+    "zero bubble, ZBV": lambda p, m: (p - 1) / (6 * m + p - 1),     # waits half an F, for the first forward
 }
 
 
@@ -65,17 +69,20 @@ def orders_of_library(name, p, m):
     """The same for what is not BY_HAND, from the tables of torch.distributed.pipelining."""
     schedule_class, v = LIBRARY[name]
     # Stages without layers and without ranks: of the stages a table needs only the numbers.
-    stages = [SimpleNamespace(group_size=p, group_rank=0, num_stages=p * v, stage_index=i, submod=nn.Module()) for i in range(v)]
+    stages = [SimpleNamespace(group_size=p, group_rank=0, num_stages=p * v, stage_index=i, submod=nn.Module())
+              for i in range(v)]
     table = schedule_class(stages, m).pipeline_order
-    return [[(action.stage_index, action.computation_type.value, action.microbatch_index) for action in table[rank] if action]
+    return [[(action.stage_index, action.computation_type.value, action.microbatch_index)
+             for action in table[rank] if action]
             for rank in range(p)]
 
 
 def simulate(orders, times):
     """Play orders on paper. times: {action: its length}. Returns [(rank, stage, action, microbatch, start, end), ...].
 
-    An action begins when its rank has done the one before it in the list and has what the action needs: the output of the stage
-    before, or the gradient from the stage behind. Messages take no time. Raises ValueError if all ranks wait for each other.
+    An action begins when its rank has done the one before it in the list and has what the action needs: the output of
+    the stage before, or the gradient from the stage behind. Messages take no time. Raises ValueError if all ranks wait
+    for each other.
     """
     last_stage = max(stage for order in orders for stage, *_ in order)
     done, events, now = {}, [], [0.0] * len(orders)
@@ -120,13 +127,14 @@ def most_held(order, v):
     return peak / v
 
 
-# ------------------------------------------------------------------------------------------------- our layers, their engine
+# --------------------------------------------------------------------------------------------- our layers, their engine
 
 class Stage(nn.Module):
-    """Some layers of our model, as PipelineStage wants them: tensors in, a tensor out, and a first dimension to cut m from.
+    """Some layers of our model, as PipelineStage wants them: tensors in, a tensor out, and a first dimension to cut m
+    from.
 
-    All microbatches must have the same T, so packs are filled (data.fill). Where documents begin is read off the positions:
-    all inputs but the stream are given to each stage by keyword.
+    All microbatches must have the same T, so packs are filled (data.fill). Where documents begin is read off the
+    positions: all inputs but the stream are given to each stage by keyword.
     """
 
     def __init__(self, model):
@@ -134,21 +142,31 @@ class Stage(nn.Module):
         self.model = model
 
     def forward(self, x, position_ids):
-        """x: token ids (1, T) on the first stage, (T, D) on others; position_ids (1, T). Returns (T, D), on the last (T, V)."""
+        """x: token ids (1, T) on the first stage, (T, D) on others; position_ids (1, T).
+
+        Returns (T, D), on the last (T, V).
+        """
         position_ids = position_ids[0]                                                   # (T,)
         starts = F.pad((position_ids == 0).nonzero()[:, 0], (0, 1), value=len(position_ids))
-        ids, x = (x[0], None) if x.dtype == torch.long else (position_ids, x)   # of ids a later stage reads the shape only
+        ids = x[0] if x.dtype == torch.long else position_ids   # of ids a later stage reads the shape only
+        if x.dtype != torch.long:
+            self.model.model.embed_tokens.x = x
         cu_seqlens = starts.int()                                                        # (S+1,)
-        return self.model(ids, position_ids, cu_seqlens, cu_seqlens.diff().max().item(), x=x)
+        return self.model(ids, position_ids, cu_seqlens, cu_seqlens.diff().max().item())
 
 
 def stages_of_rank(name, rank, p):
-    """One after another round the ranks: 0 and 4 on the first of four. ZBV turns round at the last rank: there it is 0 and 7."""
+    """One after another round the ranks: 0 and 4 on the first of four.
+
+    ZBV turns round at the last rank: there it is 0 and 7.
+    """
     return [rank, 2 * p - 1 - rank] if "ZBV" in name else [rank + p * i for i in range(LIBRARY[name][1])]
 
 
 def library_gradients(name, batches, mesh, targets):
-    """{name: gradient} of this rank's stages, by torch.distributed.pipelining. batches: PackedBatches, all of the same T."""
+    """{name: gradient} of this rank's stages, by torch.distributed.pipelining. batches: PackedBatches, all of the same
+    T.
+    """
     schedule_class, v = LIBRARY[name]
     own = stages_of_rank(name, mesh.pp.rank, mesh.pp.size)
     stages = []
@@ -156,7 +174,8 @@ def library_gradients(name, batches, mesh, targets):
         model = small_model()
         label(model, mesh)
         cut_stage(model, stage, mesh.pp.size * v)
-        stages.append(PipelineStage(Stage(model), stage, mesh.pp.size * v, batches[0].input_ids.device, group=mesh.pp.pg))
+        stages.append(PipelineStage(Stage(model), stage, mesh.pp.size * v, batches[0].input_ids.device,
+                                    group=mesh.pp.pg))
 
     def loss(logits, right):   # plain: a split backward goes through it twice, and linear_cross_entropy scales in place
         return F.cross_entropy(logits, right[0], ignore_index=IGNORE, reduction="sum") / targets
@@ -170,45 +189,53 @@ def library_gradients(name, batches, mesh, targets):
 
 
 def gradients_by_hand(name, batches, mesh, targets):
-    """{name: gradient} of this rank's stage, by pipeline_parallel.py."""
+    """{name: gradient} of this rank's stage, by parallel/pipeline.py."""
     model = small_model()
     label(model, mesh)
-    cut_stage(model, mesh.pp.rank, mesh.pp.size)
+    keep_stage(model, mesh, name.lower())
 
-    def forward(batch, x):
-        out = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.targets, x=x)
+    def forward(batch):
+        out = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.targets)
         return out / targets if out.dim() == 0 else out
 
-    run(BY_HAND[name](mesh.pp.rank, mesh.pp.size, len(batches)), mesh, batches, forward,
-        lambda batch: torch.empty(len(batch.input_ids), model.config.hidden_size))
+    run_stage(model, batches, forward)
     return {parameter.piece.name: parameter.grad for parameter in model.parameters()}
 
 
 def small_model():
-    """Eight layers: two stages for each of four ranks. Its head is not tied: the library leaves it to you to sum a tied table."""
+    """Eight layers: two stages for each of four ranks.
+
+    Its head is not tied: the library leaves it to you to sum a tied table.
+    """
     torch.manual_seed(0)
     return Transformer(ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=8,
-                                   num_attention_heads=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=False))
+                                   num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                                   tie_word_embeddings=False))
 
 
 def small_batches(m, T=24):
     """Packs of two documents, filled to T."""
     torch.manual_seed(0)
-    documents = [[(torch.randint(64, (length,)).tolist(), torch.randint(64, (length,)).tolist()) for length in (5 + i % 3, 9 + i)]
+    documents = [[(torch.randint(64, (length,)).tolist(), torch.randint(64, (length,)).tolist())
+                  for length in (5 + i % 3, 9 + i)]
                  for i in range(m)]
     return [fill(packed_sequence_collate_fn(pack), T) for pack in documents]
 
 
 def largest_difference(mesh, m=M):
-    """{(schedule, by whom): largest difference of a gradient from one process's, relative to the largest of its parameter}."""
+    """{(schedule, by whom): largest difference of a gradient from one process's, relative to the largest of its
+    parameter}.
+    """
     batches, one = small_batches(m), small_model()
     targets = sum((batch.targets != IGNORE).sum() for batch in batches)
     for batch in batches:
-        (one(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.targets) / targets).backward()
+        (one(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen,
+             batch.targets) / targets).backward()
     expected = {name: parameter.grad for name, parameter in one.named_parameters()}
     found = {(name, "hand"): gradients_by_hand(name, batches, mesh, targets) for name in BY_HAND}
     found |= {(name, "library"): library_gradients(name, batches, mesh, targets) for name in LIBRARY}
-    return {key: max(((grad - expected[name]).abs().max() / expected[name].abs().max()).item() for name, grad in grads.items())
+    return {key: max(((grad - expected[name]).abs().max() / expected[name].abs().max()).item()
+                     for name, grad in grads.items())
             for key, grads in found.items()}
 
 
@@ -231,7 +258,8 @@ class Sleep(torch.autograd.Function):
 
 
 class SleepingStage(nn.Module):
-    """A stage that takes its time and no core. events: a list, gets (stage, action, microbatch, start, end) in seconds."""
+    """A stage that takes its time and no core. events: a list, gets (stage, action, microbatch, start, end) in seconds.
+    """
 
     def __init__(self, number, v, split, events):
         super().__init__()
@@ -261,7 +289,8 @@ def clock_by_hand(name, m, mesh, events):
 
     def step():
         record = []
-        run(BY_HAND[name](mesh.pp.rank, mesh.pp.size, m), mesh, range(m), forward, lambda i: torch.empty(1, 1), record=record)
+        run(BY_HAND[name](mesh.pp.rank, mesh.pp.size, m), mesh, range(m), forward, lambda i: torch.empty(1, 1),
+            record=record)
         events.extend((mesh.pp.rank, *action) for action in record)
     return step
 
@@ -306,7 +335,8 @@ def draw(rows, path):
         begin = min(event[-2] for event in events)
         axes.barh(range(P), max(event[-1] for event in events) - begin, height=1, color=NOTHING)
         for rank, stage, action, i, start, end in events:
-            axes.barh(rank, end - start, left=start - begin, height=0.92, color=COLORS[action], alpha=0.5 if stage >= P else 1,
+            axes.barh(rank, end - start, left=start - begin, height=0.92, color=COLORS[action],
+                      alpha=0.5 if stage >= P else 1,
                       edgecolor="white", linewidth=0.6)
             axes.text((start + end) / 2 - begin, rank, i, ha="center", va="center", fontsize=7,
                       color="black" if stage >= P else "white")
@@ -326,7 +356,8 @@ def draw(rows, path):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
-CASES = [("GPipe", "hand", M), ("GPipe", "library", M), *(("1F1B", "hand", m) for m in (4, M, 32)), ("1F1B", "library", M),
+CASES = [("GPipe", "hand", M), ("GPipe", "library", M), *(("1F1B", "hand", m) for m in (4, M, 32)),
+         ("1F1B", "library", M),
          *((name, "library", M) for name in list(LIBRARY)[2:])]
 
 
@@ -362,10 +393,12 @@ def show(differences, measured):
     for (name, by, m), events in measured.items():
         orders, on_paper = paper(name, by, m)
         row = {"schedule": name, "by": by, "stages": LIBRARY[name][1], "microbatches": m,
-               "held": max(most_held(order, LIBRARY[name][1]) for order in orders), "formula": 100 * FORMULA[name](P, m),
+               "held": max(most_held(order, LIBRARY[name][1]) for order in orders),
+               "formula": 100 * FORMULA[name](P, m),
                "simulated": 100 * bubble(on_paper), "measured": 100 * bubble(events)}
         rows.append(row)
-        print(f"{name:18} {by:8}{m:3}{row['held']:12.1f}{row['formula']:18.1f}%{row['simulated']:11.1f}%{row['measured']:10.1f}%")
+        print(f"{name:18} {by:8}{m:3}{row['held']:12.1f}{row['formula']:18.1f}%{row['simulated']:11.1f}%"
+              f"{row['measured']:10.1f}%")
         if m == M and (by == "hand" or name not in BY_HAND):
             pictures.append((f"{name}: bubble {row['formula']:.1f} % by the formula, {row['measured']:.1f} % measured;"
                              f" activations of {row['held']:g} microbatches at most", events))

@@ -3,10 +3,10 @@
     python evaluate.py                                     (in this folder, after train.py)
     python evaluate.py --qat out-qat --group 32            also of a run of train.py --qat int4; groups of 32
 
-Quality is bits per byte over all validation documents. Bytes are those of model.safetensors, and those of the tensors once loaded.
-Speed is that of one text, with the products of few_rows.py; the methods take turns. Nothing here is compiled, so that for a small
-model the time goes to Python, whatever the bits: benchmark.py has the speeds of Qwen3 0.6B.
-Writes OUT/quantized/METHOD/ for each method, results/evaluate.json and figures/evaluate.png.
+Quality is bits per byte over all validation documents. Bytes are those of model.safetensors, and those of the tensors
+once loaded. Speed is that of one text, with the products of small_batch_matmul.py; the methods take turns. Nothing here
+is compiled, so that for a small model the time goes to Python, whatever the bits: benchmark_decode.py has the speeds of
+Qwen3 0.6B. Writes OUT/quantized/METHOD/ for each method, results/evaluate.json and figures/evaluate.png.
 """
 import itertools
 import math
@@ -20,15 +20,16 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from checkpoint import load_model, save_model
+from cli import ArgumentParser, positive, run
 from data import IGNORE, fetch, load_documents, num_bytes, pack, packed_sequence_collate_fn, tokenize
-from errors import ArgumentParser, positive, run
-from few_rows import for_few_rows
-from generate import Sampling, generate_batch
-from model import checkpoint_folder, packed_attention
+from device import choose_device, keep_memory
+from sampling import Sampling
+from static_batching import generate_batch
+from pretrained import checkpoint_folder
 from quantize import METHODS, predicted_bytes, quantize
 from quantized_cache import rounded_attention
-from report import FIGURES, write_results
-from train import choose_device, keep_memory
+from results import FIGURES, write_results
+from small_batch_matmul import for_small_batches
 
 CACHE_BLOCK = 32          # tokens that share a scale in a quantized cache
 PROMPT, NEW = 256, 48     # tokens of the text that speed is measured with
@@ -36,12 +37,13 @@ COLORS = {"float": "#888888", "int8": "#1f6f8b", "int4": "#d9822b", "QAT": "#b23
 
 
 @torch.no_grad()
-def validate(model, full, documents, tokenizer, batch_tokens=1024, attend=packed_attention):
-    """Over all targets: bits per byte; the divergence from the full model, in bits per byte; perplexity, e to the nats per token.
+def validate(model, full, documents, tokenizer, batch_tokens=1024, cache_bits=None):
+    """Over all targets: bits per byte; the divergence from the full model, in bits per byte; perplexity, e to the nats
+    per token.
 
-    The divergence (Kullback-Leibler) is what a text costs more that the full model has written. It is zero only for equal models, where
-    bits per byte go up and down: some of the answers that rounding changes become better by chance.
-    attend: that of a cache of integers, where there is one.
+    The divergence (Kullback-Leibler) is what a text costs more that the full model has written. It is zero only for
+    equal models, where bits per byte go up and down: some of the answers that rounding changes become better by chance.
+    cache_bits: of the cache that attention reads; None: none.
     """
     windows, _ = tokenize(documents, tokenizer, min(batch_tokens, model.config.max_position_embeddings))
     nats = divergence = targets = 0
@@ -49,7 +51,9 @@ def validate(model, full, documents, tokenizer, batch_tokens=1024, attend=packed
         batch = packed_sequence_collate_fn(chosen).to(model.model.norm.weight.device)
         packed = batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
         counted = batch.targets != IGNORE
-        ours, theirs = (logits[counted].float().log_softmax(-1) for logits in (model(*packed, attend=attend), full(*packed)))   # (T, V)
+        attend = rounded_attention(batch.cu_seqlens, cache_bits, CACHE_BLOCK) if cache_bits else None
+        ours, theirs = (logits[counted].float().log_softmax(-1)
+                        for logits in (model(*packed, attend=attend), full(*packed)))   # (T, V)
         nats += F.nll_loss(ours, batch.targets[counted], reduction="sum").item()
         divergence += F.kl_div(ours, theirs, log_target=True, reduction="sum").item()
         targets += counted.sum().item()
@@ -72,7 +76,10 @@ def step_seconds(model, tokenizer, prompt, new):
 
 
 def make_all(arguments, documents, device, folder):
-    """{row's name: folder of the model}: the checkpoint itself, in bfloat16, and as each method leaves it. Written into folder."""
+    """{row's name: folder of the model}: the checkpoint itself, in bfloat16, and as each method leaves it.
+
+    Written into folder.
+    """
     folders = {"float32": checkpoint_folder(arguments.checkpoint), "bfloat16": folder / "bfloat16"}
     sources = {"": arguments.checkpoint} | ({" after --qat": arguments.qat} if arguments.qat else {})
     for method, (after, source) in itertools.product(METHODS, sources.items()):
@@ -97,16 +104,18 @@ def measure(folders, documents, device, rounds):
         model, tokenizer = load_model(folder, device)
         full = models.get("float32", model.eval())
         size, described = (folder / "model.safetensors").stat().st_size, model.config.quantization_config
-        rows.append({"name": name, "disk": size / 1e6, "memory": held_bytes(model) / 1e6} | validate(model.eval(), full, documents, tokenizer))
+        rows.append({"name": name, "disk": size / 1e6, "memory": held_bytes(model) / 1e6}
+                    | validate(model.eval(), full, documents, tokenizer))
         if described:
             rows[-1]["predicted"] = predicted_bytes(model.config, described, model.model.norm.weight.itemsize) / 1e6
         print(rows[-1], file=sys.stderr, flush=True)
         if name == "float32":
             for cache_bits in (8, 4):
-                quality = validate(model, full, documents, tokenizer, attend=rounded_attention(cache_bits, CACHE_BLOCK))
+                quality = validate(model, full, documents, tokenizer, cache_bits=cache_bits)
                 rows.append({"name": f"float32, cache in int{cache_bits}"} | quality)
-        models[name] = for_few_rows(model, use_kernel=device == "cpu")
-    prompt = next(ids for document in documents if len(ids := tokenizer.encode(str(document) * PROMPT)) >= PROMPT)[:PROMPT]
+        models[name] = for_small_batches(model, use_kernel=device == "cpu")
+    encoded = (tokenizer.encode(str(document) * PROMPT) for document in documents)
+    prompt = next(ids for ids in encoded if len(ids) >= PROMPT)[:PROMPT]
     for _, (name, model) in itertools.product(range(rounds + 1), models.items()):
         times[name].append(step_seconds(model, tokenizer, prompt, NEW))
     for row in rows:
@@ -126,14 +135,17 @@ def draw(rows, path):
     """Quality against bytes, and speed against bytes."""
     figure = Figure(figsize=(10, 5.2), dpi=120, layout="constrained")
     rows = [row for row in rows if "disk" in row]
-    for axes, key, label in zip(figure.subplots(1, 2), ("bits_per_byte", "decode"), ("bits per byte (lower is better)", "tokens/s, one text")):
+    for axes, key, label in zip(figure.subplots(1, 2), ("bits_per_byte", "decode"),
+                                ("bits per byte (lower is better)", "tokens/s, one text")):
         gap, heights = (max(row[key] for row in rows) - min(row[key] for row in rows)) / 26, {}
         for row in sorted(rows, key=lambda row: row[key]):
             kind = "QAT" if "qat" in row["name"] else row["name"][:4] if row["name"].startswith("int") else "float"
-            height = heights[kind] = max(row[key], heights.get(kind, -math.inf) + gap)   # labels one above the other where points are not
+            # Labels one above the other where points are not.
+            height = heights[kind] = max(row[key], heights.get(kind, -math.inf) + gap)
             axes.plot(row["disk"], row[key], "o", color=COLORS[kind])
             left = "int4" in row["name"]   # of the point, because there are many of them and others to their right
-            axes.annotate(row["name"], (row["disk"], row[key]), xytext=(row["disk"] * (0.9 if left else 1.1), height), va="center",
+            axes.annotate(row["name"], (row["disk"], row[key]),
+                          xytext=(row["disk"] * (0.9 if left else 1.1), height), va="center",
                           ha="right" if left else "left", fontsize=8, color=COLORS[kind],
                           arrowprops={"arrowstyle": "-", "color": COLORS[kind], "linewidth": 0.4})
         sizes = [row["disk"] for row in rows if row["name"] in ("float32", "bfloat16", "int8", "int4")]
@@ -145,22 +157,29 @@ def draw(rows, path):
     figure.savefig(path)
 
 
-COLUMNS = {"name": "weights", "bits_per_byte": "bits per byte", "worse": "worse by", "recovered": "of int4's loss recovered",
+COLUMNS = {"name": "weights", "bits_per_byte": "bits per byte", "worse": "worse by",
+           "recovered": "of int4's loss recovered",
            "divergence": "divergence, millibits per byte", "perplexity": "perplexity",
-           "disk": "MB on disk", "predicted": "MB predicted", "memory": "MB in memory", "prefill": "prefill tokens/s", "decode": "decode tokens/s"}
+           "disk": "MB on disk", "predicted": "MB predicted", "memory": "MB in memory", "prefill": "prefill tokens/s",
+           "decode": "decode tokens/s"}
 
 
 def main():
     keep_memory()
     parser = ArgumentParser(description="Measure what each way to write the weights costs and gives.")
-    parser.add_argument("--checkpoint", default=Path(__file__).parent / "out", metavar="DIR|HUB_ID", help="the model to begin with")
+    parser.add_argument("--checkpoint", default=Path(__file__).parent / "out", metavar="DIR|HUB_ID",
+                        help="the model to begin with")
     parser.add_argument("--qat", metavar="DIR", help="also a model that train.py --qat int4 has made")
-    parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH", help="validation and calibration text, as in train.py")
-    parser.add_argument("--group", type=positive(int), default=128, metavar="N", help="4 bits: neighbours that share a scale")
-    parser.add_argument("--calibration-tokens", type=positive(int), default=16384, metavar="N", help="of the training text")
+    parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH",
+                        help="validation and calibration text, as in train.py")
+    parser.add_argument("--group", type=positive(int), default=128, metavar="N",
+                        help="4 bits: neighbours that share a scale")
+    parser.add_argument("--calibration-tokens", type=positive(int), default=16384, metavar="N",
+                        help="of the training text")
     parser.add_argument("--rounds", type=positive(int), default=5, metavar="N", help="how often speed is measured")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", metavar="DIR", help="where to write the models: DIR/quantized")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", metavar="DIR",
+                        help="where to write the models: DIR/quantized")
     arguments = parser.parse_args()
     device, source = choose_device(arguments.device), fetch(arguments.data)
     train_documents, val_documents = load_documents(source)
@@ -168,8 +187,9 @@ def main():
     rows = measure(folders, val_documents, device, arguments.rounds)
     name = "evaluate" if device == "cpu" else f"evaluate_{device}"
     draw(rows, FIGURES / f"{name}.png")
-    rows = [dict.fromkeys(COLUMNS, "") | row | {"bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows]   # "": it has none
-    command = f"python {Path(__file__).resolve().parent.name}/evaluate.py" + "".join(f" {argument}" for argument in sys.argv[1:])
+    # "": it has none.
+    rows = [dict.fromkeys(COLUMNS, "") | row | {"bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows]
+    command = " ".join([f"python {Path(__file__).resolve().parent.name}/evaluate.py", *sys.argv[1:]])
     print(write_results(name, command, COLUMNS, rows, device, source))
 
 

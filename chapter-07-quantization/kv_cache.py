@@ -1,13 +1,14 @@
-"""The keys and values of tokens that have been seen, kept, so that a new token costs one token's work and not the whole text's.
+"""The keys and values of tokens that have been seen, kept, so that a new token costs one token's work and not the whole
+text's.
 
-A query looks at the keys and values of all tokens before it, and those never change: no token sees a later one. So they are
-computed once and remembered (Pope et al. 2022). Two ways to lay them out, one interface for model.py:
+A query looks at the keys and values of all tokens before it, and those never change: no token sees a later one. So they
+are computed once and remembered (Pope et al. 2022). Two ways to lay them out, one interface for model.py:
 
     ContiguousCache   a row for each sequence, as long as the longest that may come. Simple; what a short text leaves
                       of its row is lost.
-    PagedCache        blocks of a few tokens, and for each sequence a table of its blocks, as an operating system gives a
-                      process pages of memory (Kwon et al. 2023). At most the last block of a sequence is partly empty, and
-                      sequences that begin alike can have blocks in common.
+    PagedCache        blocks of a few tokens, and for each sequence a table of its blocks, as an operating system gives
+                      a process pages of memory (Kwon et al. 2023). At most the last block of a sequence is partly
+                      empty, and sequences that begin alike can have blocks in common.
 
 The packed layout stays: a step is a packed batch of the tokens that are new, one or many for each sequence.
 
@@ -23,8 +24,8 @@ from collections import OrderedDict
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from model import VARLEN_GQA, varlen_obstacle
-from operators import CHAPTER, flash
+from attention import VARLEN_GQA, varlen_obstacle
+from custom_ops import CHAPTER, flash
 
 # torch 2.12 and newer: the kernel finds its way through the block table by itself.
 VARLEN_PAGED = "block_table" in inspect.signature(varlen_attn).parameters
@@ -35,13 +36,14 @@ VARLEN_PAGED = "block_table" in inspect.signature(varlen_attn).parameters
 class PagedCache:
     """Room for num_blocks * block_size tokens. Who owns which block is not decided here, but by the BlockPool below."""
 
-    one_token_attention = None   # few_rows.cpp's, for steps of one token each
+    one_token_attention = None   # small_batch_matmul.cpp's, for steps of one token each
 
     def __init__(self, config, num_blocks, block_size, device="cpu", dtype=torch.float32):
         self.block_size, self.device = block_size, torch.device(device)
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)   # (N, P, G, K)
         self.layers = [LayerCache(self, torch.zeros(shape, device=device, dtype=dtype),
-                                  torch.zeros(shape, device=device, dtype=dtype)) for _ in range(config.num_hidden_layers)]
+                                  torch.zeros(shape, device=device, dtype=dtype))
+                                  for _ in range(config.num_hidden_layers)]
 
     def nbytes(self):
         return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
@@ -63,7 +65,8 @@ class PagedCache:
         cu_seqlens = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)            # (S+1,)
         self.slots, self.table, self.ends, positions, cu_seqlens = (
             x.to(self.device, non_blocking=True) for x in (slots, table, ends, positions, cu_seqlens))
-        return positions, cu_seqlens, max(counts)
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max(counts)
+        return positions, cu_seqlens, self.max_seqlen
 
     def erase(self, blocks):
         """A nan is not hidden by a mask: added to minus infinity it is a nan still."""
@@ -96,20 +99,22 @@ class LayerCache:
     def __init__(self, cache, k, v):
         self.cache, self.k, self.v = cache, k, v
 
-    def attend(self, q, k, v, cu_seqlens, max_seqlen):
-        """In the place of model.py's packed_attention: remember the new keys and values, attend to all there are.
+    def attend(self, q, k, v):
+        """In the place of packed_attention: remember the new keys and values, attend to all there are.
 
         q (T, H, K), k and v (T, G, K) of the new tokens only. Returns (T, H, K).
         """
         # First the writing, so that a token finds itself and its neighbours of the same step in the cache.
         self.k.flatten(0, 1).index_copy_(0, self.cache.slots, k.to(self.k.dtype))
         self.v.flatten(0, 1).index_copy_(0, self.cache.slots, v.to(self.v.dtype))
-        table, ends = self.cache.table, self.cache.ends
+        table, ends, cu_seqlens = self.cache.table, self.cache.ends, self.cache.cu_seqlens
         q = q.to(self.k.dtype)
-        if self.cache.one_token_attention is not None and max_seqlen == 1:
+        if self.cache.one_token_attention is not None and self.cache.max_seqlen == 1:
             return self.cache.one_token_attention(q, self.k, self.v, table, ends)
-        if VARLEN_PAGED and varlen_obstacle(self.k.device, self.k.dtype) is None and self.cache.block_size % 256 == 0:   # FlashAttention 2's pages
-            return varlen_attn(q, self.k, self.v, cu_seqlens, None, max_seqlen, table.shape[1] * self.k.shape[1], window_size=(-1, 0),
+        # FlashAttention 2's pages.
+        if VARLEN_PAGED and varlen_obstacle(self.k.device, self.k.dtype) is None and self.cache.block_size % 256 == 0:
+            return varlen_attn(q, self.k, self.v, cu_seqlens, None, self.cache.max_seqlen,
+                               table.shape[1] * self.k.shape[1], window_size=(-1, 0),
                                seqused_k=ends, block_table=table, **VARLEN_GQA)
         return cached_attention_operator(q, self.k, self.v, table, ends, cu_seqlens)
 
@@ -117,12 +122,13 @@ class LayerCache:
 def cached_attention(q, k, v, table, ends, cu_seqlens):
     """Attention of the new tokens of each sequence to all of its tokens.
 
-    q (T, H, K); k and v (N, P, G, K), the new tokens' already among them; table (S, B) int32, the blocks of each sequence;
-    ends (S,) int32, its tokens; cu_seqlens (S+1,). Returns (T, H, K).
+    q (T, H, K); k and v (N, P, G, K), the new tokens' already among them; table (S, B) int32, the blocks of each
+    sequence; ends (S,) int32, its tokens; cu_seqlens (S+1,). Returns (T, H, K).
     """
     out, counts = torch.empty_like(q), cu_seqlens.diff().tolist()
     P, lengths = k.shape[1], ends.tolist()
-    # Several sequences with one new token each, the usual case; the scheduler puts them first. One call for all, as a rectangle.
+    # Several sequences with one new token each, the usual case; the scheduler puts them first. One call for all, as a
+    # rectangle.
     single = next((i for i, count in enumerate(counts) if count > 1), len(counts))
     if single == 1:
         single = 0
@@ -134,7 +140,8 @@ def cached_attention(q, k, v, table, ends, cu_seqlens):
     for i, start in enumerate(cu_seqlens.tolist()[single:-1], start=single):
         new, L = slice(start, start + counts[i]), lengths[i]
         keys, values = (read(x, table[i:i + 1, :(L - 1) // P + 1])[:, :L] for x in (k, v))   # (1, L, G, K)
-        # The last new token sees all L, the one before it L - 1: a causal mask, aligned at the right end. One token needs none.
+        # The last new token sees all L, the one before it L - 1: a causal mask, aligned at the right end. One token
+        # needs none.
         hidden = None
         if counts[i] > 1:
             hidden = torch.ones(counts[i], L, dtype=torch.bool, device=q.device).triu(L - counts[i] + 1)
@@ -142,16 +149,21 @@ def cached_attention(q, k, v, table, ends, cu_seqlens):
     return out
 
 
-# Opaque to the compiler, as grouped_attention is. Nothing is to be differentiated here, so this plain registration will do.
+# Opaque to the compiler, as grouped_attention is. Nothing is to be differentiated here, so this plain registration will
+# do.
 library = torch.library.Library(CHAPTER, "FRAGMENT")
 library.define("cached_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor ends, Tensor cu_seqlens) -> Tensor")
 library.impl("cached_attention", cached_attention, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{CHAPTER}::cached_attention", lambda q, k, v, table, ends, cu_seqlens: torch.empty_like(q), lib=library)
+torch.library.register_fake(f"{CHAPTER}::cached_attention",
+                            lambda q, k, v, table, ends, cu_seqlens: torch.empty_like(q), lib=library)
 cached_attention_operator = getattr(torch.ops, CHAPTER).cached_attention.default
 
 
 def read(x, table):
-    """The blocks of a table (S, B) side by side: (S, B * P, G, K). One block in each row and all rows in order: no copy."""
+    """The blocks of a table (S, B) side by side: (S, B * P, G, K).
+
+    One block in each row and all rows in order: no copy.
+    """
     if table.shape[1] == 1:
         rows = table[:, 0].tolist()
         if rows == list(range(rows[0], rows[0] + len(rows))):
@@ -160,7 +172,9 @@ def read(x, table):
 
 
 def attention(q, k, v, hidden):
-    """q (S, n, H, K), k and v (S, L, G, K), hidden (S or 1, 1, n, L) or None, True where a key is not to be seen: (S, n, H, K)."""
+    """q (S, n, H, K), k and v (S, L, G, K), hidden (S or 1, 1, n, L) or None, True where a key is not to be seen: (S,
+    n, H, K).
+    """
     mask = None
     if hidden is not None:
         mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
@@ -177,8 +191,8 @@ class BlockPool:
     """Which blocks are free, how many sequences use each of the others, and which hold text that may be wanted again.
 
     A full block is known by its content: the hash of its tokens and of all before them, for keys and values depend on
-    those too. When nobody uses it any more it counts as free, but keeps its content until the room is needed. Of the free
-    ones the longest unused goes first.
+    those too. When nobody uses it any more it counts as free, but keeps its content until the room is needed. Of the
+    free ones the longest unused goes first.
     """
 
     def __init__(self, num_blocks, block_size):
@@ -204,7 +218,10 @@ class BlockPool:
         self.references[block] += 1
 
     def release(self, blocks):
-        """A sequence is done with its blocks. The end of a text is given away before its beginning, which others may share."""
+        """A sequence is done with its blocks.
+
+        The end of a text is given away before its beginning, which others may share.
+        """
         for block in reversed(blocks):
             self.references[block] -= 1
             if self.references[block] == 0:

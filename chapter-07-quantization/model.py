@@ -9,37 +9,31 @@ Shape letters, used in every file of this chapter:
     V  vocab_size                             G  num_key_value_heads
                                               K  head_dim
 """
-import inspect
-import json
 import math
-import re
-import shutil
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 
-import huggingface_hub
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.attention.varlen import varlen_attn
 
-from checkpointing import RUN
-from errors import InputError
+from attention import packed_attention
+from cli import InputError
+from custom_ops import RMSNormalize
 from linear_cross_entropy import linear_cross_entropy
-from moe import MoE, Routing
-from operators import RMSNormalize, grouped_attention, stacks
+from parallel.experts import MoE, Routing
+from parallel.mesh import ALONE
 from precision import compute_dtype
-from quantized import check_device, is_known, linear_layers, replace_layers
+from quantized import is_known, replace_layers
+from recompute import RUN
 
 
 @dataclass
 class ModelConfig:
     vocab_size: int = 1024
     hidden_size: int = 128
-    intermediate_size: int = 384         # width of the MLP, 3 * hidden_size; 8/3 would cost what GPT-2's MLP of width 4 does
+    # Width of the MLP, 3 * hidden_size; 8/3 would cost what GPT-2's MLP of width 4 does.
+    intermediate_size: int = 384
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
     num_key_value_heads: int = 2         # each serves num_attention_heads / num_key_value_heads query heads
@@ -49,8 +43,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0         # base of the rotary wavelengths: the longer the documents, the larger
     tie_word_embeddings: bool = True
     eos_token_id: int | list | None = None   # for whoever generates from config.json alone: where to stop
-    # A mixture of experts, see moe.py.
-    num_experts: int = 0                 # in every layer instead of its MLP; 0: a dense model
+    num_experts: int = 0                 # in every layer instead of its MLP (parallel/experts.py); 0: a dense model
     num_experts_per_tok: int = 2         # that work on each token
     moe_intermediate_size: int = 192     # width of one expert
     norm_topk_prob: bool = True          # whether their weights are made to sum to 1
@@ -70,16 +63,18 @@ class ModelConfig:
 
 def qwen3(**sizes):
     """What all dense Qwen3 models have in common."""
-    return ModelConfig(vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
-                       rope_theta=1_000_000.0, **sizes)
+    return ModelConfig(**{"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128,
+                          "max_position_embeddings": 40960,
+                          "rope_theta": 1_000_000.0} | sizes)
 
 
 CONFIGS = {
     "small": ModelConfig(),
-    # Two experts of width 192 are as much work for a token as the MLP of small. In a short run the balance must be found soon.
-    "small-moe": ModelConfig(num_experts=8, router_aux_loss_coef=0.02),
-    # Six times the weights of small: rounding errors of so many cancel, so that what is left tells one method from another.
-    "medium": ModelConfig(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4),
+    "small-moe": ModelConfig(num_experts=8, router_aux_loss_coef=0.02),   # two experts are as much work as small's MLP
+    # Six times the weights of small: rounding errors of so many cancel, so that what is left tells one method from
+    # another.
+    "medium": ModelConfig(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
+                          num_key_value_heads=4),
     "qwen3-0.6b": qwen3(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
     "qwen3-1.7b": qwen3(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16),
     "qwen3-4b": qwen3(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
@@ -89,10 +84,9 @@ CONFIGS = {
                        tie_word_embeddings=False),
     "qwen3-32b": qwen3(hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
                        tie_word_embeddings=False),
-    "qwen3-30b-a3b": ModelConfig(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
-                                 num_attention_heads=32, num_key_value_heads=4, head_dim=128, max_position_embeddings=40960,
-                                 rope_theta=1_000_000.0, tie_word_embeddings=False, num_experts=128, num_experts_per_tok=8,
-                                 moe_intermediate_size=768),
+    "qwen3-30b-a3b": qwen3(hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
+                           num_key_value_heads=4, tie_word_embeddings=False, num_experts=128, num_experts_per_tok=8,
+                           moe_intermediate_size=768),
 }
 
 
@@ -131,51 +125,6 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)                    # (T, H, K)
 
 
-# torch 2.11 does not know grouped queries yet.
-VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-def varlen_obstacle(device, dtype):
-    """Why varlen_attn cannot serve here, or None if it can."""
-    if device.type != "cuda":
-        return "varlen_attn needs a CUDA GPU"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "varlen_attn needs an Ampere GPU or newer"
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"varlen_attn needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-
-
-def attention_path(device, dtype):
-    """Which way packed_attention takes and why, in one line."""
-    obstacle = varlen_obstacle(torch.device(device), dtype)
-    if obstacle is None:
-        return "attention by varlen_attn, one kernel for all documents"
-    return f"attention by scaled_dot_product_attention, one call for each document length ({obstacle})"
-
-
-def packed_attention(q, k, v, cu_seqlens, max_seqlen):
-    """softmax(Q K^T / sqrt(K)) V within each document, every token looking at itself and those before it.
-
-    q (T, H, K); k and v (T, G, K): query head h reads key-value head h // (H / G). cu_seqlens (S+1,) int32: document i
-    is tokens cu_seqlens[i] to cu_seqlens[i+1] - 1. max_seqlen: the length of the longest one. Returns (T, H, K).
-
-    Chapter 1 wrote the formula out; here it is left to the library's fused kernels (Dao et al. 2022), which never hold
-    the matrix of scores in memory.
-    """
-    if varlen_obstacle(v.device, v.dtype) is None:
-        q, k = q.to(v.dtype), k.to(v.dtype)   # under autocast the norms return float32
-        if not VARLEN_GQA:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))      # (T, H, K)
-        # window_size: any number of tokens to the left, none to the right. That is causal.
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **VARLEN_GQA)
-    if v.is_cpu:
-        return grouped_attention(q, k, v, cu_seqlens)[0]
-    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
-                      for qkv in stacks(cu_seqlens, q, k, v)])
-
-
 class Attention(nn.Module):
     """Grouped-query causal self-attention: several query heads share one key and value head (Ainslie et al. 2023)."""
 
@@ -190,17 +139,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, rotary, packing, attend=packed_attention):
-        """x (T, D); rotary: cos and sin of rotary_angles; packing: what attention needs besides q, k and v.
-
-        attend: packed_attention, or that of a cache, which has seen the tokens before these.
-        """
+    def forward(self, x, rotary, attend):
+        """x (T, D); rotary: cos and sin of rotary_angles; attend(q, k, v): attention of this batch, see Transformer."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                           # (T, H, K)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                           # (T, G, K)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                           # (T, G, K)
         # Norm first, then rotation. Afterwards the norm's weights would scale dimensions that the rotation has mixed.
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
-        mixed = attend(q, k, v, *packing)                                               # (T, H, K)
+        mixed = attend(q, k, v)                                                         # (T, H, K)
         return self.o_proj(mixed.flatten(-2))                                           # (T, D)
 
 
@@ -228,8 +174,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config, MLP) if config.num_experts else MLP(config)
 
-    def forward(self, x, rotary, packing, attend=packed_attention, *routing):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, packing, attend)
+    def forward(self, x, rotary, attend, *routing):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attend)
         x = x + self.mlp(self.post_attention_layernorm(x), *routing)
         return x
 
@@ -240,8 +186,10 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpointing = "none"   # or "full" or "selective", see checkpointing.py
-        self.loss = linear_cross_entropy   # or that of a table cut into parts, see tensor_parallel.py
+        self.mesh = ALONE             # until parallel.mesh.label gives it another
+        self.checkpointing = "none"   # or "full" or "selective", see recompute.py
+        self.precision = "fp32"       # in which numbers train.py lets it compute, see precision.py
+        self.loss = linear_cross_entropy   # of x (T, D), the head's weight and targets
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
@@ -274,7 +222,7 @@ class Transformer(nn.Module):
             elif "norm" not in name:   # RMSNorm weights stay at 1
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, targets=None, cache=None, attend=packed_attention, x=None):
+    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, targets=None, cache=None, attend=None):
         """input_ids (T,) -> logits (T, V): at each position, scores for the token that comes next.
 
         With targets (T,) instead the nats over all of them, a scalar, and the logits are never held whole.
@@ -282,10 +230,7 @@ class Transformer(nn.Module):
         With a cache (kv_cache.py) the documents are sequences that go on: these tokens are their new ones, and
         position_ids count on from where they were. Returns the logits of each one's last token only, (S, V).
 
-        attend: what computes attention where documents are spread over several devices (context_parallel.py). x (T, D): what the
-        layers before these handed on, where this is a later stage of a pipeline (pipeline_parallel.py); a stage that is not the
-        last returns what its layers make of it, (T, D).
-
+        attend: attend(q, k, v) where the documents are spread over several devices (parallel/context.py).
         position_ids (T,): each token's place in its document, from 0. cu_seqlens (S+1,) int32 and max_seqlen: where the
         documents lie, see packed_attention. Raises InputError if they do not fit together; on a GPU the values of
         cu_seqlens are not looked at, and of position_ids never more than the shape.
@@ -294,17 +239,16 @@ class Transformer(nn.Module):
             check_packing(input_ids, position_ids, cu_seqlens, max_seqlen)
         assert max_seqlen <= self.config.max_position_embeddings, (
             f"{max_seqlen} tokens do not fit into {self.config.max_position_embeddings} positions")
-        if x is None:
-            x = self.model.embed_tokens(input_ids)                                      # (T, D)
+        x = self.model.embed_tokens(input_ids)                                          # (T, D)
         rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, compute_dtype(x))
-        routing = [Routing(position_ids >= 0)] if self.config.num_experts else []   # data.fill fills up with positions -1
+        routing = [Routing(position_ids >= 0)] if self.config.num_experts else []   # -1 where data.fill fills up
+        attend = attend or partial(packed_attention, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         for i, layer in enumerate(self.model.layers):
-            attend = attend if cache is None else cache.layers[i].attend
-            x = RUN[self.checkpointing](layer, x, rotary, (cu_seqlens, max_seqlen), attend, *routing)
+            if cache is not None:
+                attend = cache.layers[i].attend
+            x = RUN[self.checkpointing](layer, x, rotary, attend, *routing)
         for pack in routing:
             pack.sum_up()
-        if self.model.norm is None:
-            return x   # the next stage goes on
         if cache is not None:
             x = x[cu_seqlens[1:] - 1]                                                   # (S, D)
         x = self.model.norm(x)                                                          # (T, D), with a cache (S, D)
@@ -314,23 +258,6 @@ class Transformer(nn.Module):
 
     def num_parameters(self):
         return sum(parameter.numel() for parameter in self.parameters())   # a tied table is counted once
-
-    def flops_per_token(self, cu_seqlens):
-        """Training FLOPs for one token, the mean over a packed batch (Kaplan et al. 2020; PaLM, appendix B).
-
-        A weight costs one multiplication and one addition forward and twice that backward: 6. Tables that are only
-        looked up cost nothing. Q K^T and weights V cost 2 * 2 * L * H * K forward in each layer, for a token of a
-        document of length L: 12 * L * H * K with backward. A document has L such tokens, so the mean L is sum(L^2) / T.
-        This is the full count, as if every token looked at its whole document; causal attention needs half of it.
-        """
-        weights = self.lm_head.weight.numel()
-        for name, parameter in self.model.layers.named_parameters():
-            if parameter.dim() == 2:   # of the experts as many as work on a token
-                share = self.config.num_experts_per_tok / self.config.num_experts if ".experts." in name else 1
-                weights += parameter.numel() * share
-        mean_length = cu_seqlens.diff().long().square().sum().item() / cu_seqlens[-1].item()
-        width = self.config.num_attention_heads * self.config.head_dim
-        return 6 * weights + 12 * self.config.num_hidden_layers * mean_length * width
 
 
 def check_packing(input_ids, position_ids, cu_seqlens, max_seqlen):
@@ -349,165 +276,3 @@ def check_packing(input_ids, position_ids, cu_seqlens, max_seqlen):
         raise InputError(f"cu_seqlens does not increase: document {lengths.argmin()} has {lengths.min()} tokens")
     if lengths.max() != max_seqlen:
         raise InputError(f"max_seqlen is {max_seqlen}, but the longest document has {lengths.max()} tokens")
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-# A name on the Hugging Face hub can get new content at any time; a revision cannot. Give others as "name@revision".
-REVISIONS = {
-    "Qwen/Qwen3-0.6B": "c1899de289a04d12100db370d81485cdf75e47ca",
-    "Qwen/Qwen3-1.7B": "70d244cc86ccca08cf5af4e1e306ecf908b1ad5e",
-    "Qwen/Qwen3-4B": "1cfa9a7208912126459214e8b04321603b3df60c",
-    "Qwen/Qwen3-8B": "b968826d9c46dd6066d109eabc6255188de91218",
-    "Qwen/Qwen3-14B": "40c069824f4251a91eefaf281ebe4c544efd3e18",
-    "Qwen/Qwen3-32B": "9216db5781bf21249d130ec9da846c4624c16137",
-}
-# Settings of config.json that change what a Qwen3 computes, and the only value of each that this model knows.
-SUPPORTED = {"model_type": "qwen3", "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
-             "use_sliding_window": False}
-# Of a Qwen3 with experts: in every layer. And the fields that only its config.json has.
-SUPPORTED_MOE = SUPPORTED | {"model_type": "qwen3_moe", "decoder_sparse_step": 1, "mlp_only_layers": []}
-MOE_FIELDS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef"}
-
-
-def checkpoint_folder(dir_or_hub_id):
-    """The folder of a checkpoint: the given one, or where the hub's files are kept after a download."""
-    if Path(dir_or_hub_id).is_dir():
-        return Path(dir_or_hub_id)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(dir_or_hub_id)):
-        raise InputError(f"{dir_or_hub_id} is neither a folder nor a Hugging Face name such as Qwen/Qwen3-0.6B;"
-                         f" to make a folder: python {Path(__file__).parent.name}/train.py")
-    name, _, revision = str(dir_or_hub_id).partition("@")
-    huggingface_hub.logging.set_verbosity_error()   # one error at the end, not a warning at each attempt
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or REVISIONS.get(name),
-                                                      allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
-    except (OSError, ValueError) as error:   # among them the hub's own: no such name, no such revision, no network
-        raise InputError(f"there is no folder {dir_or_hub_id}, and the Hugging Face hub does not give {name} either"
-                         f" ({str(error).splitlines()[0]}); without network, give a folder") from None
-
-
-def read_config(path):
-    """config.json, as transformers 4 or 5 writes it, -> ModelConfig. Raises InputError for what this model is not."""
-    try:
-        saved = json.loads(path.read_text())
-        ropes = [dict(saved.get(key) or {}) for key in ("rope_scaling", "rope_parameters")]   # transformers 4, 5, or one added to the other
-        found = {"model_type": None, "rope_theta": (ropes[0] | ropes[1]).get("rope_theta"), "eos_token_id": None,
-                 "quantization_config": None, "num_experts": saved.get("num_local_experts")} | saved   # as transformers 5 calls them
-        found |= {"rope_type": {rope.get("rope_type", rope.get("type", "default")) for rope in ropes},
-                  "layer_types": set(saved.get("layer_types") or ()) | {"full_attention"}}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is not a configuration: {error}") from None
-    is_moe = found["model_type"] == "qwen3_moe"
-    known = (SUPPORTED_MOE if is_moe else SUPPORTED) | {"rope_type": {"default"}, "layer_types": {"full_attention"}}
-    for key, value in known.items():
-        if found.get(key, value) != value:
-            raise InputError(f"{path}: {key} is {found[key]!r}; this chapter's model knows only {value!r}")
-    described = [field for field in fields(ModelConfig) if is_moe or field.name not in MOE_FIELDS]
-    for field in described:
-        value = found.get(field.name)
-        is_number = field.type in (int, float) and type(value) in (int, field.type) and 0 < value < 2 ** 31
-        if not is_number and (field.type in (int, float) or not isinstance(value, field.type)):
-            raise InputError(f"{path}: {field.name} is missing, of the wrong kind, not above zero or too large: {value!r}")
-    try:
-        return ModelConfig(**{field.name: found[field.name] for field in described})
-    except (AssertionError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def tensor_files(folder):
-    """{name of a tensor: the file that holds it}, for one model.safetensors or an index of several files."""
-    index = folder / "model.safetensors.index.json"
-    path = folder / "model.safetensors"   # where there are both, the single file counts, as in transformers
-    path = index if index.is_file() and not path.is_file() else path
-    try:
-        if path == index:
-            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        with open(path, "rb"), safe_open(path, framework="pt") as file:   # safe_open calls missing what we are not allowed to read
-            return dict.fromkeys(file.keys(), path)
-    except FileNotFoundError:
-        raise InputError(f"{folder} has neither model.safetensors nor {index.name}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
-
-
-FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
-
-
-def read_tensor(path, name, device, dtype, rows=None):
-    """One tensor of a safetensors file, or a slice of its rows, copied out of it.
-
-    A file that is open is mapped into memory, and what has been read of it stays there. Closing it after each tensor is
-    what keeps the peak at the size of the model instead of twice that.
-    """
-    try:
-        with open(path, "rb"), safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
-            wanted = FLOATS if dtype in (None, *FLOATS) else (dtype,)
-            if tensor.dtype not in wanted:
-                raise InputError(f"{path}: {name} is {tensor.dtype}; this model wants {' or '.join(map(str, wanted))} there")
-            tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
-    except (OSError, SafetensorError, IndexError) as error:   # the last: a slice of a single number
-        raise InputError(f"{path} is damaged or not a safetensors file, {name} cannot be read: {error}") from None
-    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():   # no mask as large as the tensor
-        raise InputError(f"{path}: {name} holds nan or inf: its training diverged, or the file is damaged")
-    return tensor
-
-
-def load_pretrained(dir_or_hub_id, device="cpu", dtype=None):
-    """A checkpoint folder or a name on the Hugging Face hub -> Transformer, in the file's dtype unless one is given.
-
-    Raises InputError that names what differs: another architecture, missing or unknown tensors, wrong shapes.
-    """
-    folder = checkpoint_folder(dir_or_hub_id)
-    with torch.device("meta"):   # shapes without memory; the file's tensors then take the place of the model's own
-        model = Transformer(read_config(folder / "config.json"))
-    if model.config.quantization_config:
-        widths = {layer.in_features for _, _, layer in linear_layers(model.model.layers)}
-        check_device(model.config.quantization_config, widths, torch.device(device).type)
-    expected, files = model.state_dict(), tensor_files(folder)
-    head = None
-    if model.config.tie_word_embeddings:
-        expected = {name: tensor for name, tensor in expected.items() if not name.startswith("lm_head.")}
-        head = files.pop("lm_head.weight", None)   # Qwen's own files hold the tied table twice
-    for what, names in {"missing": expected.keys() - files.keys(), "unknown": files.keys() - expected.keys()}.items():
-        if names:
-            raise InputError(f"{folder}: {len(names)} {what} tensors, the first is {min(names)}")
-    table = "model.embed_tokens.weight"
-    if head and not torch.equal(read_tensor(head, "lm_head.weight", device, dtype),
-                                read_tensor(files[table], table, device, dtype)):
-        raise InputError(f"{head}: lm_head.weight is not {table}, but config.json says tie_word_embeddings")
-    weights = {}
-    for name in expected:
-        kind = dtype if expected[name].dtype in FLOATS else expected[name].dtype   # integers are what they are
-        weight = weights[name] = read_tensor(files[name], name, device, kind)
-        dtype = dtype or (weight.dtype if weight.dtype in FLOATS else None)   # one for all: that of the first
-        if weight.shape != expected[name].shape:
-            raise InputError(f"{files[name]}: {name} is {tuple(weight.shape)},"
-                             f" config.json says {tuple(expected[name].shape)}")
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    return model
-
-
-def save_pretrained(model, folder, remarks={}):
-    """Write config.json and model.safetensors, a folder that load_pretrained and transformers open.
-
-    remarks: {name: text} to keep in the header of model.safetensors.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        weights = {name: value for name, value in weights.items() if not name.startswith("lm_head.")}   # stored once, as embed_tokens
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", **remarks})
-    config = {"architectures": ["Qwen3MoeForCausalLM"], **SUPPORTED_MOE, **asdict(model.config)}
-    if not model.config.num_experts:
-        config = {"architectures": ["Qwen3ForCausalLM"], **SUPPORTED,
-                  **{name: value for name, value in asdict(model.config).items() if name not in MOE_FIELDS}}
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": model.config.rope_theta}   # for transformers 5
-    config["torch_dtype"] = str(model.model.norm.weight.dtype).removeprefix("torch.")
-    if not model.config.quantization_config:
-        del config["quantization_config"]   # transformers would take a null for one that it does not know
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")   # safetensors lets nobody but the owner read it

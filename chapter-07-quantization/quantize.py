@@ -4,32 +4,37 @@
     python quantize.py --checkpoint Qwen/Qwen3-0.6B --method int8 --out qwen-int8
     python generate.py "ROMEO:" 200 --checkpoint out-int4
 
-It goes from layer to layer and holds one of them in float32 at a time, besides what is already integers. A method that wants to know
-the layer's inputs gets them from calibration text, which runs along: each layer sees what the quantized layers before it make of it.
+It goes from layer to layer and holds one of them in float32 at a time, besides what is already integers. A method that
+wants to know the layer's inputs gets them from calibration text, which runs along: each layer sees what the quantized
+layers before it make of it.
 """
 import ctypes
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from attention import packed_attention
+from awq_smoothquant import awq, clipped, smoothquant
 from checkpoint import UNFINISHED, save_model, unfinished
+from cli import ArgumentParser, InputError, positive, run
 from data import fetch, load_documents, packed_sequence_collate_fn, tokenize, training_packs
-from errors import ArgumentParser, InputError, positive, run
+from device import choose_device
 from gptq import gptq
 from integers import Format, choose_scale, to_integers
-from model import Block, Transformer, checkpoint_folder, read_config, read_tensor, rotary_angles, tensor_files
+from model import Block, Transformer, rotary_angles
+from pretrained import checkpoint_folder, read_config, read_tensor, tensor_files
 from quantized import WRITTEN_BY, Int8Embedding, check_device, empty_layer, linear_layers
-from scaling import awq, clipped, smoothquant
 from tokenizer import load_tokenizer
-from train import choose_device
 
 PACK = 1024       # tokens of calibration text that run together
 PART = 4096       # rows of the token table that are read at a time
-OUTLIER = 6       # times larger than the inputs of a layer are on average (root mean square): so large is one that is kept apart
+# Times larger than the inputs of a layer are on average (root mean square): so large is one that is kept apart.
+OUTLIER = 6
 
 
 def nearest(weight, statistics, format, dtype):
@@ -60,9 +65,11 @@ METHODS = {
     "int8": Method(8, "weights only, a scale for each row", calibrated=False),
     "int8-w8a8": Method(8, "and inputs, a scale for each token", "int8", calibrated=False),
     "int8-outliers": Method(8, "and inputs, except the few that are far larger: LLM.int8()", "int8 but outliers"),
-    "int8-smoothquant": Method(8, "and inputs, after some of their size has gone over to the weights: SmoothQuant", "int8", smoothquant),
+    "int8-smoothquant": Method(8, "and inputs, after some of their size has gone over to the weights: SmoothQuant",
+                               "int8", smoothquant),
     "int4": Method(4, "weights only, a scale for each group, to the nearest", calibrated=False),
-    "int4-clipped": Method(4, "the largest of each group drawn in first, which makes its scale finer", to_integers=nearest_clipped),
+    "int4-clipped": Method(4, "the largest of each group drawn in first, which makes its scale finer",
+                           to_integers=nearest_clipped),
     "int4-gptq": Method(4, "each rounding makes up for the errors of those before: GPTQ", to_integers=compensated),
     "int4-awq": Method(4, "weights that meet large inputs are scaled up first: AWQ", rescale=awq),
 }
@@ -81,7 +88,8 @@ class Statistics:
         self.tokens += len(x)
         self.products.addmm_(x.T, x)
         self.sum += x.abs().sum(0)
-        self.largest = torch.maximum(self.largest, x.abs().amax(0)) if len(x) else self.largest   # an expert may get none
+        # An expert may get none.
+        self.largest = torch.maximum(self.largest, x.abs().amax(0)) if len(x) else self.largest
 
     @property
     def mean(self):
@@ -135,8 +143,8 @@ def calibration_batches(documents, tokenizer, tokens, limit):
     windows, _ = tokenize(documents, tokenizer, min(PACK, limit))
     there = sum(len(inputs) for inputs, _ in windows)
     if there < tokens:
-        raise InputError(f"the calibration text has {there:,} tokens, {tokens:,} are asked for; give a longer one (--data)"
-                         " or fewer --calibration-tokens")
+        raise InputError(f"the calibration text has {there:,} tokens, {tokens:,} are asked for; give a longer one"
+                         " (--data) or fewer --calibration-tokens")
     packs = training_packs(windows, PACK, seed=0)
     return [packed_sequence_collate_fn(chosen) for chosen in islice(packs, -(-tokens // PACK))]
 
@@ -148,7 +156,8 @@ class FullModel:
         self.files, self.device = tensor_files(folder), device
         with torch.device("meta"):
             self.expected = Transformer(config).state_dict()
-        missing = {name for name in self.expected.keys() - self.files.keys() if not name.startswith("lm_head") or not config.tie_word_embeddings}
+        missing = {name for name in self.expected.keys() - self.files.keys() if not name.startswith("lm_head")
+                   or not config.tie_word_embeddings}
         if missing:
             raise InputError(f"{folder}: {len(missing)} missing tensors, the first is {min(missing)}")
 
@@ -156,11 +165,15 @@ class FullModel:
         tensor, expected = read_tensor(self.files[name], name, self.device, None, rows), self.expected[name][rows].shape
         if tensor.shape != expected:
             part = f" from row {rows.start} on" if rows.start else ""
-            raise InputError(f"{self.files[name]}: {name}{part} is {tuple(tensor.shape)}, config.json says {tuple(expected)}")
+            raise InputError(f"{self.files[name]}: {name}{part} is {tuple(tensor.shape)}, config.json says"
+                             f" {tuple(expected)}")
         return tensor
 
     def read_in_parts(self, name):
-        """A table, which is larger than any layer. The last part goes to the end of what there is, so that too many rows are seen."""
+        """A table, which is larger than any layer.
+
+        The last part goes to the end of what there is, so that too many rows are seen.
+        """
         last = (len(self.expected[name]) - 1) // PART * PART
         for start in range(0, last + 1, PART):
             yield self.read(name, slice(start, start + PART if start < last else None))
@@ -170,8 +183,9 @@ class FullModel:
 def quantized_state(full, config, method, batches):
     """The tensors of the quantized model, {name: tensor}.
 
-    full: a FullModel. config: the new model's, with its quantization_config. batches: PackedBatches of calibration text, or where
-    the method asks for none a token, to see that the layers compute. Raises InputError where they do not.
+    full: a FullModel. config: the new model's, with its quantization_config. batches: PackedBatches of calibration
+    text, or where the method asks for none a token, to see that the layers compute. Raises InputError where they do
+    not.
     """
     state, described = {}, config.quantization_config
     for name in ["model.embed_tokens.weight"] + ["lm_head.weight"] * (not config.tie_word_embeddings):
@@ -193,7 +207,8 @@ def quantized_state(full, config, method, batches):
         block.load_state_dict({name: full.read(prefix + name).float() for name in block.state_dict()}, assign=True)
 
         def run_block():
-            return [block(x, rotary_angles(batch.position_ids, config.head_dim, config.rope_theta, x.dtype), (batch.cu_seqlens, batch.max_seqlen))
+            return [block(x, rotary_angles(batch.position_ids, config.head_dim, config.rope_theta, x.dtype),
+                          partial(packed_attention, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen))
                     for x, batch in zip(xs, batches)]
         statistics = observe(block, run_block) if method.calibrated else {}
         expect_finite(f"layer {i}", [seen.products.diagonal() for seen in statistics.values()])
@@ -208,7 +223,8 @@ def quantized_state(full, config, method, batches):
 def expect_finite(what, tensors):
     """Look at what was made before it is called done. Raises InputError."""
     if not all(tensor.isfinite().all() for tensor in tensors):
-        raise InputError(f"{what} computes nan or inf: its weights are damaged, or too large for this method; nothing was written")
+        raise InputError(f"{what} computes nan or inf: its weights are damaged, or too large for this method; nothing"
+                         " was written")
 
 
 def predicted_bytes(config, described, itemsize):
@@ -221,23 +237,29 @@ def predicted_bytes(config, described, itemsize):
     layer = (2 * D + 2 * config.head_dim + config.num_experts * D) * itemsize   # norms, and the router: as they were
     for count, N, K in [(1, queries, D), (2, keys, D), (1, D, queries), (2 * experts, F, D), (experts, D, F)]:
         scales = N * K / (described["group_size"] or K)
-        layer += count * (N * K * described["bits"] / 8 + scales * (itemsize if described["symmetric"] else itemsize + 1))
+        layer += count * (N * K * described["bits"] / 8 + scales
+                          * (itemsize if described["symmetric"] else itemsize + 1))
     tables = 1 if config.tie_word_embeddings else 2
     return int(L * layer + tables * config.vocab_size * (D + itemsize) + D * itemsize)
 
 
 def describe(config, method, group, asymmetric, device):
-    """`quantization_config` of the new config.json. Raises InputError where the matrices have no such groups, or the device cannot."""
+    """`quantization_config` of the new config.json.
+
+    Raises InputError where the matrices have no such groups, or the device cannot.
+    """
     widths = {config.hidden_size, config.moe_intermediate_size if config.num_experts else config.intermediate_size,
               config.num_attention_heads * config.head_dim}
     bits = METHODS[method].bits
     if bits == 8 and (group or asymmetric):
-        raise InputError(f"--group and --asymmetric are for 4 bits; {method} has a scale for each row, and 255 levels around zero are enough")
+        raise InputError(f"--group and --asymmetric are for 4 bits; {method} has a scale for each row, and 255 levels"
+                         " around zero are enough")
     group = (group or 128) if bits == 4 else 0
     if bits == 4 and (group % 2 or any(width % group for width in widths)):
-        raise InputError(f"--group {group} does not divide all rows, which are {', '.join(map(str, sorted(widths)))} long;"
-                         f" {math.gcd(*widths)} does, if it is even")
-    described = {"written_by": WRITTEN_BY, "method": method, "bits": bits, "group_size": group, "symmetric": not asymmetric,
+        raise InputError(f"--group {group} does not divide all rows, which are"
+                         f" {', '.join(map(str, sorted(widths)))} long; {math.gcd(*widths)} does, if it is even")
+    described = {"written_by": WRITTEN_BY, "method": method, "bits": bits, "group_size": group,
+                 "symmetric": not asymmetric,
                  "activations": METHODS[method].activations} | ({"outliers": {}} if method == "int8-outliers" else {})
     check_device(described, widths, device)
     return described
@@ -259,25 +281,30 @@ def is_quantized(folder):
 def quantize(checkpoint, method, out, group=None, asymmetric=False, documents=(), tokens=16384, device="cpu"):
     """Write the quantized model of a checkpoint folder, or of a name on the hub, to the folder out.
 
-    documents: the calibration text, of which so many tokens are used. Its files appear when all of them have been written.
+    documents: the calibration text, of which so many tokens are used. Its files appear when all of them have been
+    written.
     """
     folder, out = checkpoint_folder(checkpoint), Path(out)
     check_folders(folder, out)
     config, tokenizer = read_config(folder / "config.json"), load_tokenizer(folder)
     config.eos_token_id = [tokenizer.end_of_text, tokenizer.end_of_turn]   # as in load_model
     if config.quantization_config:
-        raise InputError(f"{folder} is quantized already ({config.quantization_config.get('method')}); quantize the model it was made of")
+        raise InputError(f"{folder} is quantized already ({config.quantization_config.get('method')}); quantize the"
+                         " model it was made of")
     if config.num_experts and METHODS[method].rescale:
-        raise InputError(f"--method {method} divides what makes a layer's inputs, and experts share theirs with the router; use int4-gptq or int8")
+        raise InputError(f"--method {method} divides what makes a layer's inputs, and experts share theirs with the"
+                         " router; use int4-gptq or int8")
     described = describe(config, method, group, asymmetric, device)
     batches = [packed_sequence_collate_fn([([0], [0])])]
     if METHODS[method].calibrated:
         batches = calibration_batches(documents, tokenizer, tokens, config.max_position_embeddings)
     full = FullModel(folder, config, device)
     with unfinished(out) as temporary:   # a folder that cannot be written is found before the work
-        state = quantized_state(full, replace(config, quantization_config=described), METHODS[method], [batch.to(device) for batch in batches])
+        state = quantized_state(full, replace(config, quantization_config=described), METHODS[method],
+                                [batch.to(device) for batch in batches])
         if "outliers" in described:
-            described["outliers"] = {name.removesuffix(".outlier"): len(columns) for name, columns in state.items() if name.endswith(".outlier")}
+            described["outliers"] = {name.removesuffix(".outlier"): len(columns) for name, columns in state.items()
+                                     if name.endswith(".outlier")}
         with torch.device("meta"):
             model = Transformer(replace(config, quantization_config=described))
         model.load_state_dict(state, strict=False, assign=True)
@@ -285,8 +312,8 @@ def quantize(checkpoint, method, out, group=None, asymmetric=False, documents=()
 
 
 def return_memory():
-    """The opposite of train.keep_memory: what is freed goes back to the system at once. Otherwise what stays of a layer comes to lie
-    between what was only needed for a while, and the peak is a quarter above the model and one layer."""
+    """The opposite of train.keep_memory: what is freed goes back to the system at once. Otherwise what stays of a layer
+    comes to lie between what was only needed for a while, and the peak is a quarter above the model and one layer."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 1 << 20)   # M_MMAP_THRESHOLD, in bytes
@@ -295,12 +322,16 @@ def return_memory():
 def main():
     return_memory()
     parser = ArgumentParser(description="Write a model's weights in 8 or 4 bits.")
-    parser.add_argument("--checkpoint", default=Path(__file__).parent / "out", metavar="DIR|HUB_ID", help="the model to be quantized")
-    parser.add_argument("--method", choices=METHODS, required=True, help="; ".join(f"{name}: {method.about}" for name, method in METHODS.items()))
+    parser.add_argument("--checkpoint", default=Path(__file__).parent / "out", metavar="DIR|HUB_ID",
+                        help="the model to be quantized")
+    parser.add_argument("--method", choices=METHODS, required=True,
+                        help="; ".join(f"{name}: {method.about}" for name, method in METHODS.items()))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
-    parser.add_argument("--group", type=positive(int), metavar="N", help="4 bits: neighbours that share a scale (None: 128)")
+    parser.add_argument("--group", type=positive(int), metavar="N",
+                        help="4 bits: neighbours that share a scale (None: 128)")
     parser.add_argument("--asymmetric", action="store_true", help="4 bits: with a zero point for each group")
-    parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH", help="calibration text, as in train.py")
+    parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH",
+                        help="calibration text, as in train.py")
     parser.add_argument("--calibration-tokens", type=positive(int), default=16384, metavar="N", help="how much of it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     arguments = parser.parse_args()

@@ -3,12 +3,15 @@
     Int8Linear       a byte for each weight, a scale for each row; the inputs stay as they are
     Int4Linear       half a byte for each weight, a scale (and a zero point) for each group of a row
     W8A8Linear       as Int8Linear, and the inputs are rounded to 8 bits too, token by token: integers times integers
-    OutlierLinear    as W8A8Linear, but for a few inputs that are too large to share a scale (LLM.int8(), Dettmers et al. 2022)
-    Int8Embedding    the token table, a scale for each token; where it is tied, the head is an Int8Linear around the same bytes
+    OutlierLinear    as W8A8Linear, but for a few inputs that are too large to share a scale (LLM.int8(), Dettmers et
+                     al. 2022)
+    Int8Embedding    the token table, a scale for each token; where it is tied, the head is an Int8Linear around the
+                     same bytes
 
-dequantized() is the plain way and the reference: the weight as a float matrix, multiplied as ever. It is right for many rows, where the
-product costs more than the conversion. For few rows reading the weights is all that counts, and `product` reads them as they are:
-on a GPU PyTorch's operators (native_product), on a CPU few_rows.cpp; few_rows.for_few_rows chooses.
+dequantized() is the plain way and the reference: the weight as a float matrix, multiplied as ever. It is right for many
+rows, where the product costs more than the conversion. For few rows reading the weights is all that counts, and
+`product` reads them as they are: on a GPU PyTorch's operators (native_product), on a CPU small_batch_matmul.cpp;
+small_batch_matmul.for_small_batches chooses.
 
 Shape letters: see model.py and integers.py.
 """
@@ -16,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from errors import InputError
+from cli import InputError
 from integers import Format, from_integers, pack4, unpack4
 
-# Who wrote a folder, in its config.json. Not under "quant_method", as other formats do it: a method that it does not know, transformers
-# passes over with a warning, and takes integers for weights. A description without one it refuses.
+# Who wrote a folder, in its config.json. Not under "quant_method", as other formats do it: a method that it does not
+# know, transformers passes over with a warning, and takes integers for weights. A description without one it refuses.
 WRITTEN_BY = "chapter-07-quantization"
 
 
@@ -79,7 +82,8 @@ def integer_rows(x):
 
 
 def integer_product(a, b):
-    """a (T, K) and b (N, K), int8 -> a b^T (T, N), int32, or where integers are slow float32, exact up to sums of 2^24."""
+    """a (T, K) and b (N, K), int8 -> a b^T (T, N), int32, or where integers are slow float32, exact up to sums of 2^24.
+    """
     if a.is_cpu and not torch.cpu._is_vnni_supported():
         return F.linear(a.float(), b.float())
     spare = 17 - len(a) if a.is_cuda and len(a) < 17 else 0   # on a GPU the operator wants more than 16 rows
@@ -87,7 +91,10 @@ def integer_product(a, b):
 
 
 class W8A8Linear(Int8Linear):
-    """Matrix units compute with 8 bits twice as fast as with 16: this is for many rows. With few, reading takes as long as before."""
+    """Matrix units compute with 8 bits twice as fast as with 16: this is for many rows.
+
+    With few, reading takes as long as before.
+    """
 
     def forward(self, x):
         integers, scale = integer_rows(x)
@@ -97,9 +104,9 @@ class W8A8Linear(Int8Linear):
 class OutlierLinear(W8A8Linear):
     """Inputs that are now and then far larger than the others are multiplied as they are, only the rest as integers.
 
-    One such input makes the scale of its token so coarse that all others round to nothing. The paper looks for them in every batch;
-    but then a token would change how those before it are rounded. So here they are found once, with calibration text, and their
-    columns of the weight are kept as they were.
+    One such input makes the scale of its token so coarse that all others round to nothing. The paper looks for them in
+    every batch; but then a token would change how those before it are rounded. So here they are found once, with
+    calibration text, and their columns of the weight are kept as they were.
     """
 
     def hold(self, columns, weight):
@@ -128,14 +135,17 @@ class Int8Embedding(nn.Module):
 
 # ------------------------------------------------------------------------------------------------- a model of them
 
-CLASSES = {(8, "float"): Int8Linear, (4, "float"): Int4Linear, (8, "int8"): W8A8Linear, (8, "int8 but outliers"): OutlierLinear}
+CLASSES = {(8, "float"): Int8Linear, (4, "float"): Int4Linear, (8, "int8"): W8A8Linear,
+           (8, "int8 but outliers"): OutlierLinear}
 
 
 def is_known(described):
     """Whether `quantization_config` of a config.json is one of ours."""
     writers = described.get("written_by"), described.get("quant_method")   # folders of before have the second
-    return (writers in ((WRITTEN_BY, None), (None, WRITTEN_BY)) and (described.get("bits"), described.get("activations")) in CLASSES
-            and type(described.get("group_size")) is int and described["group_size"] >= 0 and type(described.get("symmetric")) is bool
+    return (writers in ((WRITTEN_BY, None), (None, WRITTEN_BY))
+            and (described.get("bits"), described.get("activations")) in CLASSES
+            and type(described.get("group_size")) is int and described["group_size"] >= 0
+            and type(described.get("symmetric")) is bool
             and ("outliers" in described) == (described["activations"] == "int8 but outliers"))
 
 
@@ -144,14 +154,18 @@ def check_device(described, widths, device):
     if described["activations"] == "float" or device == "cpu":
         return
     if device != "cuda":
-        raise InputError(f"{described.get('method')} multiplies integers with integers, and torch cannot on {device}; use --device cpu, or int8")
+        raise InputError(f"{described.get('method')} multiplies integers with integers, and torch cannot on {device};"
+                         " use --device cpu, or int8")
     if any(width % 8 for width in widths):
         raise InputError(f"{described.get('method')} on a GPU needs rows of a multiple of 8, and they are"
                          f" {', '.join(map(str, sorted(widths)))} long; use --device cpu, or int8")
 
 
 def linear_layers(module):
-    """[(parent, name, layer)] of what is quantized: the products with large matrices. The router of experts is small, and sensitive."""
+    """[(parent, name, layer)] of what is quantized: the products with large matrices.
+
+    The router of experts is small, and sensitive.
+    """
     return [(parent, name, layer) for parent in module.modules() for name, layer in parent.named_children()
             if isinstance(layer, (nn.Linear, Int8Linear)) and name != "gate"]
 
@@ -165,7 +179,10 @@ def empty_layer(linear, described):
 
 
 def replace_layers(model, described):
-    """Give a Transformer the layers that config.json describes. The token table and the head are int8 whatever the others are."""
+    """Give a Transformer the layers that config.json describes.
+
+    The token table and the head are int8 whatever the others are.
+    """
     names = {module: name for name, module in model.named_modules()}
     for parent, name, layer in linear_layers(model.model.layers):
         empty = empty_layer(layer, described)
@@ -181,7 +198,8 @@ def replace_layers(model, described):
 
 
 def loss_of_head(head, x, targets, rows=256):
-    """Nats over all targets, a few rows at a time: linear_cross_entropy would need the head's weight as a float matrix."""
+    """Nats over all targets, a few rows at a time: linear_cross_entropy would need the head's weight as a float matrix.
+    """
     return sum(F.cross_entropy(head(a).float(), b, reduction="sum") for a, b in zip(x.split(rows), targets.split(rows)))
 
 
@@ -190,8 +208,9 @@ def loss_of_head(head, x, targets, rows=256):
 def native_product(layer):
     """x -> x weight^T by the operator of PyTorch that reads the integers themselves, or None where there is none.
 
-    PyTorch wants its own order of the bytes for 4 bits, another on each device. So a folder holds the plain order, and the device
-    that will compute packs. The operators' names begin with _: they may change, and torchao at work hides that.
+    PyTorch wants its own order of the bytes for 4 bits, another on each device. So a folder holds the plain order, and
+    the device that will compute packs. The operators' names begin with _: they may change, and torchao at work hides
+    that.
     """
     scale, device = layer.scale.detach(), layer.weight.device.type
     if type(layer) is Int8Linear:
@@ -203,9 +222,11 @@ def native_product(layer):
                 and torch.cuda.get_device_capability(scale.device) >= (8, 0))
     if type(layer) is Int4Linear and fits:
         zero = 8.0 if layer.zero is None else layer.zero.to(scale.dtype)
-        pairs = torch.stack([scale, (8 - zero) * scale], dim=-1).transpose(0, 1).contiguous()   # (K / group, N, 2): (q - 8) * scale + zero
+        pairs = torch.stack([scale, (8 - zero) * scale], dim=-1)   # of (q - 8) * scale + zero
+        pairs = pairs.transpose(0, 1).contiguous()                 # (K / group, N, 2)
         if device == "cpu":
             packed = torch._convert_weight_to_int4pack_for_cpu(unpack4(layer.weight).int(), 1)
             return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
-        packed = torch._convert_weight_to_int4pack(layer.weight << 4 | layer.weight >> 4, 8)    # the first of two in the high half
+        # The first of two in the high half.
+        packed = torch._convert_weight_to_int4pack(layer.weight << 4 | layer.weight >> 4, 8)
         return lambda x: torch._weight_int4pack_mm(x, packed, group, pairs)

@@ -253,7 +253,8 @@ def open_streams():
     if sys.stderr is not sys.__stderr__:   # a test or a notebook has streams of its own
         return
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:   # the next file that is opened would get its number, and what a compiler says would be written there
+        # The next file that is opened would get its number, and what a compiler says would be written there.
+        if getattr(sys, name) is None:
             number = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(number, True)
             setattr(sys, name, open(number, mode, closefd=False))

@@ -5,16 +5,19 @@
 
 Set CHAPTERS_ROOT to load from another copy of the repository: the planted bugs (planted_bugs/) do.
 
-The contracts of DESIGN.md are tested once, for every chapter that has a train.py: fixture `chapter` (conftest.py). What
-such a test needs and the chapters do differently is here: Chapter is how it goes from chapter 2 on, Chapter1 the exception.
+What all chapters promise alike (the flags of train.py and generate.py, what a run writes and how it resumes, one line
+for bad input, no logit that knows a later token) is tested once, for every chapter that has a train.py: fixture
+`chapter` (conftest.py). What such a test needs and the chapters do differently is here: Chapter is how it goes from
+chapter 2 on, Chapter1 the exception.
 
 A test that says what code it needs,
 
     @pytest.mark.reaches("generate.sample", "data")      one name of generate.py, and all of data.py
 
-is left out for a chapter where that code, and all that it reaches within the folder, is the same as in an earlier chapter for
-which the test runs: the same code does the same. Such a test may use no other module of the chapter. A chapter that changes
-a letter of that code (comments aside) is tested again, and so is every chapter with ALL=1 in the environment.
+is left out for a chapter where that code, and all that it reaches within the folder, is the same as in an earlier
+chapter for which the test runs: the same code does the same. Such a test may use no other module of the chapter. A
+chapter that changes a letter of that code (comments aside) is tested again, and so is every chapter with ALL=1 in the
+environment.
 """
 import ast
 import contextlib
@@ -42,19 +45,27 @@ class Chapter:
         self.modules = {}
 
     def __getattr__(self, name):
-        if not (self.folder / f"{name}.py").is_file():
+        package = sorted((self.folder / name).glob("*.py"))   # parallel/, say, with all its modules
+        if not (self.folder / f"{name}.py").is_file() and not package:
             raise AttributeError(f"{self.folder} has no {name}.py")
         assert Chapter.allowed is None or name in Chapter.allowed, f"the test's mark `reaches` does not name {name}.py"
-        own = {path.stem for path in self.folder.glob("*.py")}
-        others = {key: sys.modules.pop(key) for key in own & sys.modules.keys()}
+        others = self.take_modules()
         sys.modules.update(self.modules)
         sys.path.insert(0, str(self.folder))
         try:
+            for path in package:
+                importlib.import_module(f"{name}.{path.stem}")
             return importlib.import_module(name)
         finally:
             sys.path.remove(str(self.folder))
-            self.modules = {key: sys.modules.pop(key) for key in own & sys.modules.keys()}
+            self.modules = self.take_modules()
             sys.modules.update(others)
+
+    def take_modules(self):
+        """Take out of sys.modules whatever has the name of a module of this chapter."""
+        own = {path.stem for path in self.folder.glob("*.py")}
+        own |= {path.parent.name for path in self.folder.glob("*/*.py")}
+        return {key: sys.modules.pop(key) for key in list(sys.modules) if key.partition(".")[0] in own}
 
     def run(self, script, *arguments, check=True, timeout=300, **kwargs):
         """Run one of the chapter's scripts as a reader would; returns the finished process with its output as text."""
@@ -71,8 +82,9 @@ class Chapter:
     quick = ("--batch-tokens", 256)   # of a short run on text_file
     filling = "packed"                # how the bar of a run calls what is done about documents of different lengths
     wrong_flags = (("--batch-tokens", 0), ("--batch-tokens", 1.5))
+    # Flags of a run that is not the quick one, and the difference.
     other_runs = ((("--batch-tokens", 300), "batch_tokens 256"), (("--config", "qwen3-0.6b"), "config small"),
-                  (("--init", "elsewhere"), "init None"))   # flags of a run that is not the quick one, and the difference
+                  (("--init", "elsewhere"), "init None"))
     sizes = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
 
     def make_tokenizer(self, documents, vocab_size=300):
@@ -87,7 +99,8 @@ class Chapter:
 
     def logits(self, model, ids):
         """(T, V), of one document alone."""
-        return model(torch.tensor(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+        return model(torch.tensor(ids), torch.arange(len(ids)),
+                     torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
 
     def prompt_ids(self, tokenizer, text):
         """What generate() takes to continue a text."""
@@ -111,22 +124,29 @@ class Chapter:
         vocab = saved["model"]["vocab"]
         return saved | {"model": saved["model"] | {"vocab": vocab | {"a": vocab["b"], "b": vocab["a"]}}}
 
+    def make_optimizer(self, model):
+        return self.optimizer.Optimizer(model, self.optimizer.adamw(model, 1e-3))
+
     wrong_tokenizers = ({"model": [1, 2]}, {"added_tokens": None}, {"pre_tokenizer": None})
-    saved = ("model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json")   # OUT/checkpoint/
+    # OUT/checkpoint/.
+    saved = ("model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json")
     clip = "clip_grad_norm_"   # what of torch.nn.utils the loop clips with
 
     def where_weights_are_written(self):
         """(module, name) of a function that fails where a disk is full."""
-        return self.model, "save_file"
+        return self.pretrained, "save_file"
 
 
 class Sharded(Chapter):
-    """From chapter 6 on each rank writes its part of a checkpoint. What this changes test_sharded_checkpoint.py has of its own."""
+    """From chapter 6 on each rank writes its part of a checkpoint.
+
+    What this changes test_sharded_checkpoint.py has of its own.
+    """
     saved = ("shard-00001-model-00001-of-00001.safetensors", "state.json", "tokenizer.json")
     clip = "clip_grads_with_norm_"
 
     def where_weights_are_written(self):
-        return self.sharded_checkpoint.HuggingFaceStorageWriter, "write_data"
+        return self.parallel.checkpoint.HuggingFaceStorageWriter, "write_data"
 
 
 class Chapter1(Chapter):
@@ -171,7 +191,10 @@ class Chapter1(Chapter):
 
 
 def set_up(patch, module, *arguments):
-    """Prepare a call of a script's main(). Most of a short training run's time would go into samples and the machine's ceiling."""
+    """Prepare a call of a script's main().
+
+    Most of a short training run's time would go into samples and the machine's ceiling.
+    """
     patch.setattr("sys.argv", [module.__file__, *map(str, arguments)])
     if hasattr(module, "write_sample"):
         write_sample = module.write_sample
@@ -189,7 +212,9 @@ def run_here(module, *arguments):
 
 
 def expect_error(result, *words):
-    """result: (exit status, standard output, standard error) of a command that must fail with one line holding the words."""
+    """result: (exit status, standard output, standard error) of a command that must fail with one line holding the
+    words.
+    """
     status, _, err = result
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(lines) == 1 and "Traceback" not in err, result
@@ -198,7 +223,10 @@ def expect_error(result, *words):
 
 
 def binds(statement, name):
-    """Whether a module's statement gives the name its meaning. One that is no definition may do anything, so it does."""
+    """Whether a module's statement gives the name its meaning.
+
+    One that is no definition may do anything, so it does.
+    """
     if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
         return statement.name == name
     if isinstance(statement, (ast.Import, ast.ImportFrom)):
@@ -212,7 +240,9 @@ def binds(statement, name):
 
 @functools.cache
 def reached(folder, *names):
-    """The code of the chapter that these names reach: (name, its statements)... "data" is all of data.py, "data.pack" one name."""
+    """The code of the chapter that these names reach: (name, its statements)... "data" is all of data.py, "data.pack"
+    one name.
+    """
     found, ahead = {}, list(names)
     while ahead:
         name = ahead.pop()
@@ -255,4 +285,4 @@ chapter1 = Chapter1("chapter-01-foundations")
 def load_chapter(name):
     if name == chapter1.folder.name:
         return chapter1
-    return (Sharded if (CHAPTERS_ROOT / name / "sharded_checkpoint.py").is_file() else Chapter)(name)
+    return (Sharded if (CHAPTERS_ROOT / name / "parallel" / "checkpoint.py").is_file() else Chapter)(name)

@@ -1,7 +1,9 @@
 import ast
 import functools
+import inspect
 import os
 import random
+import re
 
 import pytest
 
@@ -10,26 +12,71 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from chapters import TRAINED, Chapter, load_chapter, run_here, set_up, twins
+from chapters import CHAPTERS, TRAINED, Chapter, load_chapter, run_here, set_up, twins
 from ranks import Ranks
+
+# Files and functions that take long: they start processes cold, call a compiler, train until something is learned, or
+# try many cases. `pytest -m quick` leaves them out, as it does all tests with `ranks`.
+SLOW = {
+    "test_compiler", "test_elastic", "test_kills", "test_streams", "test_the_named_test_turns_red",
+    "test_bpe_demo_runs_and_draws", "test_training_does_not_depend_on_the_hash_seed", "test_a_million_of_anything",
+    "test_killed_at_any_instant", "test_killed_half_way_then_continued", "test_two_processes_at_once",
+    "test_ctrl_c_keeps_the_part_and_exits_with_130", "test_the_real_library_offline_says_one_line",
+    "test_compiled_decode_gives_the_same_tokens", "test_small_batches_compute_what_linear_does", "test_any_schedule",
+    "test_compiled_equals_eager_and_compiles_no_more_after_two_batches", "test_the_compiler_can_follow",
+    "test_compiled_decode_of_integers_gives_the_same_tokens", "test_nothing_is_said",
+    "test_loading_takes_the_memory_of_one_model", "test_no_network_is_one_line",
+    "test_loss_script_runs", "test_a_profile_sums_to_the_step_and_changes_nothing",
+    "test_less_than_one_percent_of_the_budget_is_wasted_on_natural_documents",
+    "test_a_run_whose_steps_were_left_out_resumes_bit_for_bit",
+    "test_the_default_run_starts_and_resumes", "test_python_docs_is_there_without_network",
+}
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs CUDA; skipped where there is none")
-    config.addinivalue_line("markers", "reaches(*names): code that the test needs; where it is an earlier chapter's, see chapters.py")
+    config.addinivalue_line("markers", "reaches(*names): code that the test needs; where it is an earlier chapter's,"
+                                       " see chapters.py")
+    config.addinivalue_line("markers", "quick: one case of each test and chapter, without what takes long; see"
+                                       " tests/README.md")
+    for number in range(1, len(CHAPTERS) + 1):
+        config.addinivalue_line("markers", f"chapter{number}: what is tested is chapter {number}'s")
+
+
+@functools.cache
+def chapter_of_file(module):
+    """Number of the last chapter that a test file speaks of or loads, in a list; an empty one if it is about none."""
+    loaded = " ".join(value.folder.name for value in vars(module).values() if isinstance(value, Chapter))
+    return sorted(re.findall(r"[Cc]hapter[- ]?0?([1-9])", inspect.getsource(module) + loaded))[-1:]
+
+
+def chapters_of(item):
+    """Numbers of the chapters that a test is about: those that its parameters name, else that of its file."""
+    named = {one or other for one, other in re.findall(r"chapter-0(\d)-|\bch(\d)_", item.nodeid)}
+    return sorted(named) or chapter_of_file(item.module)
+
+
+def is_quick(item):
+    return "ranks" not in item.fixturenames and not {item.path.stem, item.originalname} & SLOW
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
+    seen = set()
     for item in items:
+        chapters = chapters_of(item)
+        case = item.path, item.originalname, *chapters
+        for mark in [f"chapter{number}" for number in chapters] + ["quick"] * (is_quick(item) and case not in seen):
+            item.add_marker(mark)
+        seen.add(case)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    result = yield   # what -k leaves, in pytest's order
+    result = yield   # what -k and -m leave, in pytest's order
     left_out = [] if os.environ.get("ALL") else twins(items)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
-    # The long group first and the many small ones last, so that no process waits long for another at the end.
+    # The long groups first and the many small ones last, so that no process waits long for another at the end.
     items.sort(key=lambda item: ("ranks" not in item.fixturenames) + (item.path.stem == "test_planted_bugs"))
     return result
 
@@ -47,14 +94,18 @@ def with_ranks(path):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """pytest -n: all tests with `ranks` go to one of its processes, which starts them once; so do a file's tests of one chapter."""
+    """pytest -n: a file's tests with `ranks` go to one of its processes, and so do a file's tests of one chapter.
+
+    Each process starts ranks of its own, once. The groups are handed out one by one, so that all processes have about
+    the same to do. A rank computes in one thread, and sleeps while it waits for another.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, function = nodeid.partition("[")[0].split("::")
             if function in with_ranks(config.rootpath / file):
-                return "ranks"
+                return f"{file} ranks"
             return next((file + name for name in TRAINED if name in nodeid), nodeid)
     config.option.loadscopereorder = False
     return Scheduling(config, log)
@@ -87,9 +138,9 @@ def chapter(request):
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """A small text of 120 documents of different lengths, made of a few words."""
-    dice = random.Random(0)
+    rng = random.Random(0)
     words = "the king and queen of night speak softly to a fool who would not hear them again".split()
-    documents = [f"{dice.choice(['ROMEO', 'JULIET'])}:\n" + " ".join(dice.choices(words, k=dice.randint(1, 60))) + "."
+    documents = [f"{rng.choice(['ROMEO', 'JULIET'])}:\n" + " ".join(rng.choices(words, k=rng.randint(1, 60))) + "."
                  for _ in range(120)]
     path = tmp_path_factory.mktemp("text") / "play.txt"
     path.write_text("\n\n".join(documents))
@@ -129,8 +180,9 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def compiled_kernels(tmp_path_factory):
-    """Where torch's compiler keeps what it compiled: equal code of several chapters goes through the C++ compiler once."""
+    """Where torch's compiler keeps what it compiled: equal code of chapters goes through the C++ compiler once."""
     here = tmp_path_factory.getbasetemp()
-    folder = (here.parent if os.environ.get("PYTEST_XDIST_WORKER") else here) / "kernels"   # of all processes of pytest -n
+    # Of all processes of pytest -n.
+    folder = (here.parent if os.environ.get("PYTEST_XDIST_WORKER") else here) / "kernels"
     folder.mkdir(exist_ok=True)
     return folder

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "chapter-01-foundations"))
-from errors import InputError, run
+from cli import InputError, run
 
 
 def git(*arguments, folder="."):

@@ -1,14 +1,14 @@
 """Several ranks for tests: processes that stay, because starting one costs seconds.
 
     def work(chapter, number):            # at the top level of a test module; runs in every rank
-        mesh = chapter.parallel.make_mesh(dp=4)
+        mesh = chapter.parallel.mesh.make_mesh(dp=4)
         return mesh.world.all_reduce(torch.tensor(number)).item()
 
     def test_sum(ranks):
         assert ranks(4, work, 1.0) == [4.0] * 4      # what each rank returned
 
-The ranks talk over gloo, each with one thread, as torchrun would start them. What a rank raises is raised in the test, and then all of
-them are ended: the others would wait for it.
+The ranks talk over gloo, each with one thread, as torchrun would start them. What a rank raises is raised in the test,
+and then all of them are ended: the others would wait for it.
 """
 import datetime
 import gc
@@ -37,7 +37,8 @@ def loop(rank, size, file, tasks, answers):
     number = 0
     while task := tasks.get():
         name, work, arguments = task
-        # A mesh brings groups, and each group threads that would stay until the end: so every task begins a world of its own.
+        # A mesh brings groups, and each group threads that would stay until the end: so every task begins a world of
+        # its own.
         number += 1
         dist.init_process_group("gloo", init_method=f"file://{file}{number}", rank=rank, world_size=size,
                                 timeout=datetime.timedelta(seconds=TIMEOUT))
@@ -53,24 +54,29 @@ def loop(rank, size, file, tasks, answers):
 
 
 def assemble(pieces, tolerance=1e-6):
-    """Whole tensors from the pieces that the ranks hold: [[(name, shape, offset, tensor), ...] for each rank] -> {name: tensor}.
+    """Whole tensors from the pieces that the ranks hold: [[(name, shape, offset, tensor), ...] for each rank] -> {name:
+    tensor}.
 
-    shape and offset: of the whole tensor, and where in it this piece begins (parameter.piece of parallel.py). Where several ranks
-    hold the same numbers these must agree, within tolerance of the largest; what no rank holds is an error.
+    shape and offset: of the whole tensor, and where in it this piece begins (parameter.piece of parallel.py). Where
+    several ranks hold the same numbers these must agree, within tolerance of the largest; what no rank holds is an
+    error.
     """
     whole = {}
     for rank, held in enumerate(pieces):
         for name, shape, offset, tensor in held:
             whole.setdefault(name, torch.full(tuple(shape), torch.nan, dtype=tensor.dtype))
-            assert whole[name].shape == tuple(shape), f"{name}: {tuple(shape)} on rank {rank}, before {tuple(whole[name].shape)}"
+            assert whole[name].shape == tuple(shape), (f"{name}: {tuple(shape)} on rank {rank}, "
+                                                       f"before {tuple(whole[name].shape)}")
             place = whole[name][tuple(slice(start, start + length) for start, length in zip(offset, tensor.shape))]
             known = ~place.isnan()
             if known.any():
                 worst = (place - tensor)[known].abs().max()
-                assert worst <= tolerance * tensor.abs().max(), f"{name}: rank {rank} differs from one before it by {worst}"
+                assert worst <= tolerance * tensor.abs().max(), (
+                    f"{name}: rank {rank} differs from one before it by {worst}")
             place.copy_(tensor)
     for name, tensor in whole.items():
-        assert not tensor.isnan().any(), f"{name}: {tensor.isnan().sum()} of {tensor.numel()} numbers are with no rank, or nan"
+        assert not tensor.isnan().any(), (f"{name}: {tensor.isnan().sum()} of {tensor.numel()} numbers are with no "
+                                          "rank, or nan")
     return whole
 
 
@@ -84,7 +90,8 @@ class Ranks:
         context = warm.context()
         folder = tempfile.mkdtemp()
         answers, tasks = context.Queue(), [context.Queue() for _ in range(size)]
-        processes = [context.Process(target=loop, args=(rank, size, os.path.join(folder, "store"), tasks[rank], answers), daemon=True)
+        processes = [context.Process(target=loop, args=(rank, size, os.path.join(folder, "store"), tasks[rank],
+                                                        answers), daemon=True)
                      for rank in range(size)]
         for process in processes:
             process.start()

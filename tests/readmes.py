@@ -46,15 +46,16 @@ def table(path):
 
 def render(readme):
     """The text of a README with its tables made anew."""
-    return MARKER.sub(lambda match: match[1] + table(result_file(readme, match[2])) + match[3], readme.read_text(encoding="utf-8"))
+    return MARKER.sub(lambda match: match[1] + table(result_file(readme, match[2])) + match[3],
+                      readme.read_text(encoding="utf-8"))
 
 
 def main():
     if sys.argv[1:] != ["--write"]:
-        raise chapter1.errors.InputError("say --write to render all tables in place")
+        raise chapter1.cli.InputError("say --write to render all tables in place")
     for path in all_readmes():
         path.write_text(render(path), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    chapter1.errors.run(main)
+    chapter1.cli.run(main)

@@ -1,4 +1,7 @@
-"""Bad input: one line that names what is wrong, exit status 2, no traceback, nothing lost. What is said in a row: test_situations.py."""
+"""Bad input: one line that names what is wrong, exit status 2, no traceback, nothing lost.
+
+What is said in a row: test_situations.py.
+"""
 import gzip
 import json
 import shutil
@@ -70,7 +73,8 @@ def test_resume_without_a_checkpoint_says_so_and_starts(chapter, tmp_path, text_
 
 def test_resume_of_another_run_names_the_difference(chapter, out, text_file, call):
     run = ["--data", text_file, *chapter.quick, "--steps", 4, "--out", out, "--resume"]
-    for flags, difference in [(("--seed", 7), "seed 0"), (("--learning-rate", 1), "learning_rate"), *chapter.other_runs]:
+    for flags, difference in [(("--seed", 7), "seed 0"), (("--learning-rate", 1), "learning_rate"),
+                              *chapter.other_runs]:
         expect_error(call(chapter.train, *run, *flags), difference)
 
 
@@ -189,7 +193,8 @@ def spoil(path, number):
 def test_weights_that_are_not_finite_are_refused_by_name(chapter, number, out, text_file, call):
     """Found when they are read, not after twenty steps by their gradients: by generate.py, --init, --resume."""
     run = ["--data", text_file, *chapter.quick, "--steps", 4]
-    for name in [name for name in chapter.saved if name.endswith(".safetensors")]:   # weights, and the optimizer's moments
+    # Weights, and the optimizer's moments.
+    for name in [name for name in chapter.saved if name.endswith(".safetensors")]:
         whole = (out / "checkpoint" / name).read_bytes()
         tensor = spoil(out / "checkpoint" / name, number)
         expect_error(call(chapter.train, *run, "--out", out, "--resume"), "checkpoint", tensor, "nan or inf")
@@ -197,7 +202,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(chapter, number, out, t
     tensor = spoil(out / "model.safetensors", number)
     expect_error(call(chapter.generate, "a", "--checkpoint", out), "model.safetensors", tensor, "nan or inf")
     if chapter is not chapter1:
-        expect_error(call(chapter.train, *run, "--init", out, "--out", out / "new"), "model.safetensors", tensor, "nan or inf")
+        expect_error(call(chapter.train, *run, "--init", out, "--out", out / "new"), "model.safetensors",
+                     tensor, "nan or inf")
         assert not (out / "new" / "checkpoint").exists()
 
 
@@ -207,7 +213,7 @@ def test_a_prompt_with_unknown_characters(tmp_path, text_file, call):
 
 
 def test_a_closed_pipe_is_no_error(text_file, tmp_path):
-    """`generate.py | head -c 5`: the reader leaves, no traceback. Once: errors.py is the same in all chapters."""
+    """`generate.py | head -c 5`: the reader leaves, no traceback. Once: cli.py is the same in all chapters."""
     run_here(chapter1.train, "--data", text_file, *chapter1.quick, "--steps", 1, "--out", tmp_path)
     command = f"{sys.executable} {chapter1.folder / 'generate.py'} a 50 --checkpoint {tmp_path} | head -c 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)

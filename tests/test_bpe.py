@@ -28,9 +28,9 @@ def to_tiktoken(ranks):
     return tiktoken.Encoding("test", pat_str=bpe.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
-def random_documents(dice):
-    alphabet = dice.choice(ALPHABETS)
-    return ["".join(dice.choices(alphabet, k=dice.randint(0, 40))) for _ in range(dice.randint(1, 12))]
+def random_documents(rng):
+    alphabet = rng.choice(ALPHABETS)
+    return ["".join(rng.choices(alphabet, k=rng.randint(0, 40))) for _ in range(rng.randint(1, 12))]
 
 
 def textbook(documents, num_merges):
@@ -60,9 +60,9 @@ def textbook(documents, num_merges):
 # ---------------------------------------------------------------------------------------------------- train
 
 def test_training_is_the_textbooks_and_cuts_pieces_as_encoding_does():
-    dice = random.Random(0)
+    rng = random.Random(0)
     for _ in range(300):
-        documents, num_merges = random_documents(dice), dice.choice([0, 1, 5, 30, 1000])
+        documents, num_merges = random_documents(rng), rng.choice([0, 1, 5, 30, 1000])
         expected, words = textbook(documents, num_merges)
         ranks = bpe.train_bpe(documents, num_merges)
         assert list(ranks.items()) == list(expected.items()), (documents, num_merges)
@@ -86,8 +86,8 @@ def test_training_by_hand(documents, merges):
 
 
 def test_training_does_not_depend_on_the_hash_seed():
-    program = ("from bpe_from_scratch import train_bpe; import random; dice = random.Random(0);"
-               "print(list(train_bpe([''.join(dice.choices('abcdef ', k=3000))], 200)))")
+    program = ("from bpe_from_scratch import train_bpe; import random; rng = random.Random(0);"
+               "print(list(train_bpe([''.join(rng.choices('abcdef ', k=3000))], 200)))")
     outputs = {subprocess.run([sys.executable, "-c", program], cwd=chapter1.folder, capture_output=True, check=True,
                               env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in "012"}
     assert len(outputs) == 1 and len(outputs.pop()) > 1000
@@ -110,9 +110,9 @@ def assert_same(text, ranks, encoding):
 
 
 def test_equals_tiktoken_on_hard_texts(hard_ranks):
-    encoding, dice = to_tiktoken(hard_ranks), random.Random(0)
+    encoding, rng = to_tiktoken(hard_ranks), random.Random(0)
     characters = "".join(demo.HARD_TEXT + ALPHABETS)
-    for text in demo.HARD_TEXT + ["".join(dice.choices(characters, k=60)) for _ in range(500)]:
+    for text in demo.HARD_TEXT + ["".join(rng.choices(characters, k=60)) for _ in range(500)]:
         assert_same(text, hard_ranks, encoding)
 
 
@@ -127,18 +127,21 @@ def test_equals_tiktoken_on_every_document_of_a_corpus():
 
 def test_equals_tiktoken_for_ranks_that_no_training_gives():
     """Two pairs with the same bytes, tokens that no merge reaches, bytes in another order: still the same ids."""
-    dice = random.Random(0)
+    rng = random.Random(0)
     for _ in range(300):
-        tokens = ["".join(dice.choices("abc", k=dice.randint(2, 6))).encode() for _ in range(30)]
-        ranks = {token: rank for rank, token in enumerate(dict.fromkeys(dice.sample(BYTES, 256) + tokens))}
+        tokens = ["".join(rng.choices("abc", k=rng.randint(2, 6))).encode() for _ in range(30)]
+        ranks = {token: rank for rank, token in enumerate(dict.fromkeys(rng.sample(BYTES, 256) + tokens))}
         encoding = to_tiktoken(ranks)
-        for text in [token.decode() for token in tokens] + ["".join(dice.choices("abc ", k=60))]:
+        for text in [token.decode() for token in tokens] + ["".join(rng.choices("abc ", k=60))]:
             assert_same(text, ranks, encoding)
 
 
 @pytest.mark.parametrize("run", [" ", "\t", "\n", "\r\n", "\u00a0", "\u3000", " \n", "a", "7", "-="], ids=ascii)
 def test_a_million_of_anything(run, hard_ranks):
-    """tiktoken refuses to split a million white spaces. What is split by regex instead gives the same ids where both can."""
+    """tiktoken refuses to split a million white spaces.
+
+    What is split by regex instead gives the same ids where both can.
+    """
     tokenizer = chapter1.data.BPETokenizer(list(hard_ranks))
     for before, after in itertools.product(("", "x", " ", "!\ud83d"), ("", "x", "\nx")):
         text = before + run * (3_000 // len(run)) + after
@@ -155,10 +158,10 @@ def test_training_on_a_word_of_a_million_letters(run):
 
 
 def test_split_pattern_is_that_of_gpt2():
-    dice = random.Random(0)
+    rng = random.Random(0)
     characters = "".join(demo.HARD_TEXT + ALPHABETS) + "'s're'll'VE_aZ09\u00e9\u00df \n\n  !"
     for _ in range(2000):
-        text = bpe.valid_unicode("".join(dice.choices(characters, k=20)))
+        text = bpe.valid_unicode("".join(rng.choices(characters, k=20)))
         assert bpe.PIECES.findall(text) == regex.findall(r50k_pat_str, text), text
 
 
@@ -176,8 +179,8 @@ def test_pieces_end_where_tiktokens_end():
 
 
 def test_any_bytes_come_back(hard_ranks):
-    dice = random.Random(0)
-    cases = [dice.randbytes(dice.randint(0, 60)) for _ in range(300)] + BYTES
+    rng = random.Random(0)
+    cases = [rng.randbytes(rng.randint(0, 60)) for _ in range(300)] + BYTES
     cases += ["\u4f60\U0001f642 x".encode()[start:] for start in range(9)]   # begins inside a character
     cases += ["\u4f60\U0001f642".encode()[:end] for end in range(7)]         # ends inside one
     cases += [b"\xed\xa0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80", b"\xff\xfe"]   # forbidden in UTF-8
@@ -198,13 +201,13 @@ def test_surrogates(hard_ranks):
 
 # ------------------------------------------------------------------------------------------------ the scripts
 
-def test_bpe_from_scratch_runs_and_draws(text_file, tmp_path):
+def test_bpe_demo_runs_and_draws(text_file, tmp_path):
     shutil.copytree(chapter1.folder, tmp_path / "chapter", ignore=shutil.ignore_patterns("out*", "*.png"))
     (tmp_path / "chapter" / "figures").mkdir(exist_ok=True)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "download.py").write_text("")   # "already here"
     shutil.copy(text_file, tmp_path / "data" / "tinyshakespeare.txt")
-    script = tmp_path / "chapter" / "bpe_from_scratch.py"
+    script = tmp_path / "chapter" / "bpe_demo.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0 and "merge     1 " in done.stdout, done.stdout + done.stderr
     assert 5_000 < (tmp_path / "chapter" / "figures" / "bpe_compression.png").stat().st_size < 200_000
@@ -222,7 +225,7 @@ def test_tiktoken_demo_with_and_without_network(network, text_file, tmp_path, mo
     path.write_text(text_file.read_text().replace("o", "\u00f6"), encoding="utf-8")   # bytes and characters differ
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     monkeypatch.setattr(demo, "fetch", lambda source: path)
-    monkeypatch.setattr(chapter1.report, "RESULTS", tmp_path)
+    monkeypatch.setattr(chapter1.results, "RESULTS", tmp_path)
     demo.main()
     assert ("skipped gpt2 and cl100k_base" in capsys.readouterr().out) == (not network)
     rows = json.loads((tmp_path / "tokenizers.json").read_text())["rows"]

@@ -2,13 +2,18 @@
 
     | file | symbol | why |
     |---|---|---|
-    | `model.py` | `RMSNorm`, `CONFIGS` | ... |      top-level names that changed, came or went, in one row or several
-    | `generate.py` | docstring | ... |             also: imports, main block, comments (those that stand alone)
-    | `tokenizer.py` | new file | ... |             the chapter before has none
-    | `ngram.py`, `gru.py` | left behind | ... |    the chapter before has them, this one does not
+    | `model.py` | `RMSNorm`, `CONFIGS` | ... |    top-level names that changed, came or went, in one row or several
+    | `generate.py` | docstring | ... |            also: imports, main block, comments (those that stand alone)
+    | `tokenizer.py` | new file | ... |            the chapter before has none; `parallel/mesh.py` is a file of a
+                                                   package folder
+    | `ngram.py`, `gru.py` | left behind | ... |   the chapter before has them, this one does not
+    | `idle.py` | from chapter 3 | ... |           the chapter before left it behind; beside these words what differs
+                                                   from chapter 3's
 
 Every symbol that differs, be it in a comment, must be listed, and nothing that does not. The other words are needed
 only where no symbol of a file differs, but they must be true. A file that is not listed is byte-identical.
+
+The chain must stay light too: the budgets are in budgets.py, which prints how much of them is used.
 """
 import ast
 import itertools
@@ -16,6 +21,7 @@ import re
 
 import pytest
 
+import budgets
 from chapters import CHAPTERS, CHAPTERS_ROOT
 
 PAIRS = [pair for pair in itertools.pairwise(CHAPTERS) if (CHAPTERS_ROOT / pair[1] / "README.md").is_file()]
@@ -64,45 +70,81 @@ def differences(old, new):
     return {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
 
 
-def listed(readme):
-    """{file: set of names} of the table in a README's section "What changed"."""
+def rows(readme):
+    """(files, names) of each row of the table in a README's section "What changed"."""
     section = re.search(r"^## What changed\n(.*?)(?=^## |\Z)", readme, re.DOTALL | re.MULTILINE)
     head = re.compile(r"^\| file \| symbol \| why \|\n\|[-:| ]+\|\n", re.MULTILINE)
     if not section or not head.search(section[1]):
         raise ValueError('no table "| file | symbol | why |" in a section "## What changed"')
-    found = {}
+    found = []
     for row in itertools.takewhile(lambda line: line.startswith("|"), head.split(section[1])[1].splitlines()):
         cells = row.strip("| ").split("|", 2)
-        files = re.findall(r"`([^`]+)`", cells[0])
-        if not files or len(cells) < 3:
+        paths = re.findall(r"`([^`]+)`", cells[0])
+        if not paths or len(cells) < 3:
             raise ValueError(f"a row needs files in backticks, what changed, and why: {row}")
-        for file in files:
-            found.setdefault(file, set()).update(re.findall(r"`[^`]+`|[^`,\s][^`,]*[^`,\s]", cells[1]))
+        found.append((paths, re.findall(r"`[^`]+`|[^`,\s][^`,]*[^`,\s]", cells[1])))
+        if len(found[-1][1]) > budgets.SYMBOLS:
+            raise ValueError(f"a row names {len(found[-1][1])} things, at most {budgets.SYMBOLS} can be told as"
+                             f" one: {row}")
     return found
 
 
-def problems(before, after):
-    """What the table of the folder `after` hides or makes up about its difference from `before`, a line each."""
-    old, new = ({path.name: path.read_bytes() for path in folder.glob("*.py")} for folder in (before, after))
+def files(folder):
+    """{path in the chapter: bytes} of its programs. An empty file, as __init__.py is, says nothing."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for pattern in ("*.py", "*/*.py") for path in folder.glob(pattern) if path.stat().st_size}
+
+
+def problems(*folders):
+    """What the table of the last of these chapters hides or makes up about its difference from those before, a line
+    each.
+    """
+    *earlier, old, new = map(files, folders)
+    table = {}
     try:
-        table = listed((after / "README.md").read_text())
+        for paths, names in rows((folders[-1] / "README.md").read_text()):
+            for path in paths:
+                table.setdefault(path, set()).update(names)
     except ValueError as error:
-        return [f"{after.name}/README.md: {error}"]
+        return [f"{folders[-1].name}/README.md: {error}"]
     found = []
     for file in sorted(old.keys() | new.keys() | table.keys()):
-        differ, claimed = differences(old.get(file), new.get(file)), table.get(file, set())
+        came_from = [number for number, chapter in enumerate(earlier, start=1) if file in chapter
+                     and file in new.keys() - old.keys()]
+        before = earlier[came_from[-1] - 1][file] if came_from else old.get(file)
+        differ, claimed = differences(before, new.get(file)), table.get(file, set())
         required = {name for name in differ if name.startswith("`")}
-        if old.get(file) != new.get(file) and not required and not claimed & differ:
+        if before != new.get(file) and not required and not claimed & differ:
             required = differ or {"nothing but order or blank lines, so make it identical"}
+        if came_from:
+            differ, required = ({*names, f"from chapter {came_from[-1]}"} for names in (differ, required))
         for what, which in (("not listed", required - claimed), ("listed, but not so", claimed - differ)):
-            found += [f"{after.name}/{file}: {what}: {', '.join(sorted(which))}"] if which else []
+            found += [f"{folders[-1].name}/{file}: {what}: {', '.join(sorted(which))}"] if which else []
     return found
 
 
 @pytest.mark.parametrize("before, after", PAIRS)
 def test_the_table_tells_what_changed(before, after):
-    found = problems(CHAPTERS_ROOT / before, CHAPTERS_ROOT / after)
+    found = problems(*[CHAPTERS_ROOT / name for name in CHAPTERS[:CHAPTERS.index(after) + 1]])
     assert not found, "\n" + "\n".join(found)
+
+
+# ------------------------------------------------------------------------------------------------------- the budgets
+
+@pytest.mark.parametrize("before, after", PAIRS)
+def test_a_step_changes_few_lines(before, after):
+    step, counts = f"{CHAPTERS.index(before) + 1} -> {CHAPTERS.index(after) + 1}", budgets.steps(CHAPTERS_ROOT)
+    for file in budgets.BUDGETS:
+        changed, most = counts[file, step], budgets.budget(file, step)
+        assert most is None or changed <= most, f"{file} {step}: {changed} changed lines, budget {most}"
+
+
+def test_no_function_is_over_80_lines():
+    assert [found for found in budgets.functions(CHAPTERS_ROOT) if found[0] > budgets.FUNCTION] == []
+
+
+def test_no_line_is_over_120_columns():
+    assert budgets.long_lines(CHAPTERS_ROOT) == []
 
 
 # ---------------------------------------------------------------------------------------- the rules, on tiny chapters
@@ -112,14 +154,15 @@ OLD = ("'''Old.'''\nimport os\n\nA, B = 1, 2\n\n# How.\n@cache\ndef f(x):\n    r
        "if __name__ == '__main__':\n    f(1)\n")
 
 
-def check(folder, old, new, table):
-    """The problems of chapter two after chapter one, made of these {file: text}."""
+def check(folder, old, new, table, *earlier):
+    """The problems of chapter two after chapter one, made of these {file: text}, and of those before."""
     readme = {"README.md": f"# Two\n\n## What changed\n\nLittle.\n\n{table}\n\n## Proof\n\n| a | b |\n"}
-    for name, files in (("one", old), ("two", new | readme)):
-        (folder / name).mkdir()
-        for file, text in files.items():
+    chapters = {**{f"before-{number}": texts for number, texts in enumerate(earlier)}, "one": old, "two": new | readme}
+    for name, texts in chapters.items():
+        for file, text in texts.items():
+            (folder / name / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / name / file).write_text(text)
-    return problems(folder / "one", folder / "two")
+    return problems(*[folder / name for name in chapters])
 
 
 @pytest.mark.parametrize("change, cell, expected", [   # what is replaced in OLD, what the table says, what is wrong
@@ -168,6 +211,40 @@ def test_several_rows_of_a_file_and_several_files_of_a_row(tmp_path):
     rows = "| `m.py` | `f`, docstring | a, `b` \\| c |\n| `m.py`, `n.py` | `C` | d |\n| `k.py`,`l.py` |left behind| e |"
     old = dict.fromkeys(["k.py", "l.py", "m.py", "n.py"], OLD)
     assert check(tmp_path, old, {"m.py": new, "n.py": OLD + "C = 3\n"}, HEAD + rows) == []
+
+
+@pytest.mark.parametrize("table, expected", [
+    ("| `parallel/m.py` | `f` | why |", []),
+    ("| `m.py` | `f` | why |", ["m.py: listed, but not so: `f`", "parallel/m.py: not listed: `f`"])])
+def test_files_of_a_package_folder(tmp_path, table, expected):
+    old, new = ({"parallel/__init__.py": "", "parallel/m.py": OLD.replace("return x", f"return {result}")}
+                for result in ("x", "-x"))
+    assert check(tmp_path, old, new, HEAD + table) == [f"two/{line}" for line in expected]
+
+
+# m.py, which chapters 1 and 2 have, chapter 3 has not, and chapter 4 has again.
+@pytest.mark.parametrize("new, cell, expected", [
+    ("x", "from chapter 2", []),
+    ("x", "new file", ["not listed: from chapter 2", "listed, but not so: new file"]),
+    ("x", "from chapter 2, `f`", ["listed, but not so: `f`"]),
+    ("-x", "from chapter 2", ["not listed: `f`"]),
+    ("-x", "from chapter 2, `f`", []),
+])
+def test_a_file_that_comes_back_came_back_unchanged_or_says_how(tmp_path, new, cell, expected):
+    first, second, fourth = (OLD.replace("return x", f"return {result}") for result in ("x + 1", "x", new))
+    found = check(tmp_path, {}, {"m.py": fourth}, f"{HEAD}| `m.py` | {cell} | why |", {"m.py": first}, {"m.py": second})
+    assert found == [f"two/m.py: {line}" for line in expected]
+
+
+def test_a_row_names_no_more_than_can_be_told_as_one(tmp_path):
+    names = [f"x{number}" for number in range(budgets.SYMBOLS + 1)]
+    old, new = ("".join(f"{name} = {value}\n" for name in names) for value in (1, 2))
+    all_in_one = f"| `m.py` | {', '.join(f'`{name}`' for name in names)} | why |"
+    two_rows = "".join(f"| `m.py` | {', '.join(f'`{name}`' for name in part)} | why |\n"
+                       for part in (names[:6], names[6:]))
+    assert check(tmp_path / "two rows", {"m.py": old}, {"m.py": new}, HEAD + two_rows) == []
+    found, = check(tmp_path / "one row", {"m.py": old}, {"m.py": new}, HEAD + all_in_one)
+    assert found.startswith("two/README.md: a row names 13 things")
 
 
 @pytest.mark.parametrize("table", ["", f"## Other\n\n{HEAD}", f"{HEAD}| m.py | `f` | why |", f"{HEAD}| `m.py` | `f` |"])

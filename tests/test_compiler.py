@@ -12,7 +12,8 @@ from chapters import TRAINED, expect_error, load_chapter
 
 COMPILING = [name for name in TRAINED if name >= "chapter-03"]
 WITH_KERNELS = [name for name in TRAINED if name >= "chapter-05"]
-OLD = "#!/bin/sh\n[ \"$1\" = --version ] && echo 'g++ (Ubuntu 7.5.0) 7.5.0' && exit\necho \"g++: error: unrecognized '-std=c++20'\" >&2\nexit 1\n"
+OLD = ("#!/bin/sh\n[ \"$1\" = --version ] && echo 'g++ (Ubuntu 7.5.0) 7.5.0' && exit\n"
+       "echo \"g++: error: unrecognized '-std=c++20'\" >&2\nexit 1\n")
 GOOD = "#!/bin/sh\necho 'a compiler 99'\n"
 
 
@@ -47,13 +48,14 @@ def test_a_compiler_that_is_missing_or_too_old(name, contents, chosen, words, pr
     monkeypatch.setenv("CXX", chosen)
     scripts = [(chapter.train, "--compile", "default", "--device", "cpu", "--out", tmp_path / "out")]
     if name in WITH_KERNELS:
-        scripts += [(chapter.few_rows,), (chapter.generate, "a", "--compile")]
+        scripts += [(chapter.small_batch_matmul,), (chapter.generate, "a", "--compile")]
     for script in scripts:
         expect_error(call(*script), *words)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("contents, chosen", [({"g++": GOOD, "clang++": OLD}, ""), ({"clang++": GOOD}, ""), ({"mine": GOOD, "g++": OLD}, "mine")])
+@pytest.mark.parametrize("contents, chosen", [({"g++": GOOD, "clang++": OLD}, ""), ({"clang++": GOOD}, ""),
+                                              ({"mine": GOOD, "g++": OLD}, "mine")])
 def test_a_compiler_that_will_do(contents, chosen, programs, monkeypatch):
     programs(**contents)
     monkeypatch.setenv("CXX", chosen)
@@ -66,25 +68,31 @@ def test_a_folder_that_cannot_be_written(programs, monkeypatch, tmp_path, call):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "below"))
     for name in COMPILING:
-        expect_error(call(load_chapter(name).train, "--compile", "default", "--device", "cpu"), "file/below", "TORCHINDUCTOR_CACHE_DIR")
+        expect_error(call(load_chapter(name).train, "--compile", "default", "--device", "cpu"), "file/below",
+                     "TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "below"))
     for name in WITH_KERNELS:
-        expect_error(call(load_chapter(name).few_rows), str(tmp_path / "file"), "TORCH_EXTENSIONS_DIR")
+        expect_error(call(load_chapter(name).small_batch_matmul), str(tmp_path / "file"), "TORCH_EXTENSIONS_DIR")
 
 
 @pytest.fixture
 def compile_by(programs, monkeypatch, tmp_path):
-    """compile_by(load): few_rows.cpp is compiled in a folder of its own, by load() instead of the library. Returns (the chapter, the folder)."""
+    """compile_by(load): small_batch_matmul.cpp is compiled in a folder of its own, by load() instead of the library.
+
+    Returns (the chapter, the folder).
+    """
     programs(**{"g++": GOOD})
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     chapter = load_chapter(WITH_KERNELS[0])
-    kernel, name = chapter.few_rows.kernel, f"{chapter.operators.CHAPTER}_few_rows"
+    kernel, name = chapter.small_batch_matmul.kernel, f"{chapter.custom_ops.CHAPTER}_small_batch"
 
     def compile_by(load):
-        monkeypatch.setattr(chapter.few_rows.cpp_extension, "load", load)
-        monkeypatch.setattr(chapter.few_rows.torch.library, "register_fake", lambda name: lambda function: None)
-        monkeypatch.setattr(chapter.few_rows.torch.ops, chapter.operators.CHAPTER, type("Operators", (), {"few_rows": type("", (), {"default": 1})}),
+        monkeypatch.setattr(chapter.small_batch_matmul.cpp_extension, "load", load)
+        monkeypatch.setattr(chapter.small_batch_matmul.torch.library, "register_fake",
+                            lambda name: lambda function: None)
+        monkeypatch.setattr(chapter.small_batch_matmul.torch.ops, chapter.custom_ops.CHAPTER,
+                            type("Operators", (), {"small_batch_matmul": type("", (), {"default": 1})}),
                             raising=False)
         return kernel.__wrapped__, tmp_path / name   # not the cached one
     return compile_by
@@ -123,7 +131,9 @@ def test_of_two_that_compile_one_waits_and_says_so(compile_by, capsys):
 
 def test_a_compilation_that_fails_says_why(compile_by):
     def fail(*_, **__):
-        raise RuntimeError("Error building extension 'few_rows':\n[1/2] c++ ...\nfew_rows.cpp:6: fatal error: No space left on device\n")
+        raise RuntimeError("Error building extension 'small_batch_matmul':\n[1/2] c++ ...\nsmall_batch_matmul.cpp:6:"
+                           " fatal error: No space left on device\n")
     kernel, _ = compile_by(fail)
-    with pytest.raises(load_chapter(WITH_KERNELS[0]).errors.InputError, match="g\\+\\+ .*No space left on device.*--compile"):
+    with pytest.raises(load_chapter(WITH_KERNELS[0]).cli.InputError,
+                       match="g\\+\\+ .*No space left on device.*--compile"):
         kernel()

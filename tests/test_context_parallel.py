@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from chapters import load_chapter
 
 chapter6 = load_chapter("chapter-06-parallelism")
-WAYS = ("ring", "ulysses")
+MODES = ("ring", "ulysses")
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 16
 
 # Lengths of the documents, of 64 tokens: 2 * 4 chunks of 8, or 2 * 2 of 16.
@@ -26,8 +26,8 @@ PACKS = {
 
 
 def make_batch(chapter, lengths, vocab_size=50, seed=0):
-    dice = random.Random(seed)
-    ids = [[dice.randrange(vocab_size) for _ in range(length + 1)] for length in lengths]
+    rng = random.Random(seed)
+    ids = [[rng.randrange(vocab_size) for _ in range(length + 1)] for length in lengths]
     return chapter.data.packed_sequence_collate_fn([(one[:-1], one[1:]) for one in ids])
 
 
@@ -37,41 +37,46 @@ def make_qkv(tokens, heads=HEADS, kv_heads=KV_HEADS, seed=0):
     return [torch.randn(tokens, number, HEAD_DIM, generator=generator) for number in (heads, kv_heads, kv_heads, heads)]
 
 
-def run_attention(attend, batch, q, k, v, dy):
+def run_attention(attend, q, k, v, dy):
     """[output, dq, dk, dv]."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out = attend(q, k, v, batch.cu_seqlens, batch.max_seqlen)
+    out = attend(q, k, v)
     out.backward(dy)
     return [x.detach() for x in (out, q.grad, k.grad, v.grad)]
 
 
+def ordinary(chapter, batch):
+    """attend(q, k, v) of one process."""
+    return lambda q, k, v: chapter.attention.packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen)
+
+
 def spread_attention(chapter, group, way, lengths, dtype=torch.float32, **sizes):
     """run_attention on this rank's part, and the bytes that it sent."""
-    c, whole, before = chapter.context_parallel, make_batch(chapter, lengths), group.sent
+    c, whole, before = chapter.parallel.context, make_batch(chapter, lengths), group.sent
     here = c.places(sum(lengths), group.size, group.rank)
-    found = run_attention(getattr(c, way)(whole, group), c.split(whole, group),
-                          *(x[here].to(dtype) for x in make_qkv(sum(lengths), **sizes)))
+    found = run_attention(getattr(c, way)(whole, group), *(x[here].to(dtype) for x in make_qkv(sum(lengths), **sizes)))
     return found, group.sent - before
 
 
 def all_packs(chapter, cp, packs):
     """What the ranks do with packs, {name: lengths}: {(way, name): run_attention}."""
-    group = chapter.parallel.make_mesh(cp=cp).cp
-    return {(way, name): spread_attention(chapter, group, way, lengths)[0] for way in WAYS for name, lengths in packs.items()}
+    group = chapter.parallel.mesh.make_mesh(cp=cp).cp
+    return {(way, name): spread_attention(chapter, group, way, lengths)[0] for way in MODES
+            for name, lengths in packs.items()}
 
 
 def whole_attention(chapter, lengths, cp, **sizes):
     """run_attention in one process, its results dealt out as the ranks have them."""
     whole = make_batch(chapter, lengths)
-    found = run_attention(chapter.model.packed_attention, whole, *make_qkv(sum(lengths), **sizes))
-    return [[x[chapter.context_parallel.places(sum(lengths), cp, rank)] for x in found] for rank in range(cp)]
+    found = run_attention(ordinary(chapter, whole), *make_qkv(sum(lengths), **sizes))
+    return [[x[chapter.parallel.context.places(sum(lengths), cp, rank)] for x in found] for rank in range(cp)]
 
 
 def check_packs(ranks, cp, packs):
     answers = ranks(cp, all_packs, cp, packs)
     for name, lengths in packs.items():
         for rank, expected in enumerate(whole_attention(chapter6, lengths, cp)):
-            for way in WAYS:
+            for way in MODES:
                 torch.testing.assert_close(answers[rank][way, name], expected, atol=2e-6, rtol=2e-5,
                                            msg=lambda text: f"{way}, {lengths}, rank {rank}: {text}")
 
@@ -81,7 +86,8 @@ def test_equal_to_attention_on_the_whole_pack(ranks, cp):
     check_packs(ranks, cp, PACKS)
 
 
-# Twenty packs at once: a call of the ranks costs more than what they do in it. So nothing is made smaller when it fails.
+# Twenty packs at once: a call of the ranks costs more than what they do in it. So nothing is made smaller when it
+# fails.
 @settings(max_examples=3, phases=[Phase.generate], deadline=None, derandomize=True, database=None)
 @given(st.lists(st.sets(st.integers(1, 31)), min_size=20, max_size=20))
 def test_equal_wherever_the_documents_end(ranks, packs):
@@ -91,8 +97,8 @@ def test_equal_wherever_the_documents_end(ranks, packs):
 
 def attention_of_other_kinds(chapter):
     """In bfloat16, with as many key-value heads as query heads, and where the keys of one token differ."""
-    lengths, group, found = PACKS["one over all chunks, and others"], chapter.parallel.make_mesh(cp=4).cp, {}
-    for way in WAYS:
+    lengths, group, found = PACKS["one over all chunks, and others"], chapter.parallel.mesh.make_mesh(cp=4).cp, {}
+    for way in MODES:
         found[way, "bf16"] = spread_attention(chapter, group, way, lengths, torch.bfloat16)[0]
         found[way, "all heads"] = spread_attention(chapter, group, way, lengths, heads=4, kv_heads=4)[0]
         found[way, "edited"] = spread_edited(chapter, group, way, lengths, EDITED)
@@ -104,12 +110,12 @@ EDITED = 20   # a token in the middle of the long document, tokens 5 to 60
 
 def spread_edited(chapter, group, way, lengths, token):
     """The output before and after the key and the value of one token of the pack change."""
-    c, whole = chapter.context_parallel, make_batch(chapter, lengths)
-    here, batch, attend = c.places(sum(lengths), group.size, group.rank), c.split(whole, group), getattr(c, way)(whole, group)
+    c, whole = chapter.parallel.context, make_batch(chapter, lengths)
+    here, attend = c.places(sum(lengths), group.size, group.rank), getattr(c, way)(whole, group)
     q, k, v, _ = make_qkv(sum(lengths))
     outputs = []
     for _ in range(2):
-        outputs.append(attend(q[here], k[here], v[here], batch.cu_seqlens, batch.max_seqlen))
+        outputs.append(attend(q[here], k[here], v[here]))
         k[token] += 1
         v[token] += 1
     return outputs
@@ -120,13 +126,13 @@ def test_other_kinds(ranks):
     answers = ranks(4, attention_of_other_kinds)
     exact = whole_attention(chapter6, lengths, 4)
     all_heads = whole_attention(chapter6, lengths, 4, heads=4, kv_heads=4)
-    for rank, way in ((rank, way) for rank in range(4) for way in WAYS):
+    for rank, way in ((rank, way) for rank in range(4) for way in MODES):
         for found, expected in zip(answers[rank][way, "bf16"], exact[rank]):
             assert found.dtype == torch.bfloat16
             assert (found.float() - expected).norm() < 0.01 * expected.norm(), (way, rank)
         torch.testing.assert_close(answers[rank][way, "all heads"], all_heads[rank], atol=2e-6, rtol=2e-5)
         before, after = answers[rank][way, "edited"]
-        place = chapter6.context_parallel.places(64, 4, rank)
+        place = chapter6.parallel.context.places(64, 4, rank)
         sees_it = (place >= EDITED) & (place < 61)   # itself and what comes after it in its document
         changed = (before != after).flatten(1).any(1)
         assert torch.equal(changed, sees_it), f"{way}, rank {rank}: {place[changed]} instead of {place[sees_it]}"
@@ -136,7 +142,7 @@ def test_other_kinds(ranks):
 
 MODEL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
              num_key_value_heads=4, head_dim=8, max_position_embeddings=64)
-CASES = [(way, checkpointing, precision) for way in WAYS for checkpointing, precision in
+CASES = [(way, checkpointing, precision) for way in MODES for checkpointing, precision in
          (("none", "fp32"), ("full", "fp32"), ("selective", "fp32"), ("full", "bf16"))]
 MICROBATCHES = ("many short ones", "one over all chunks, and others")   # unlike in all respects, in flight together
 
@@ -159,7 +165,7 @@ def step(model, batches, attends, autocast):
 
 
 def spread_model(chapter, cp):
-    c, group, found = chapter.context_parallel, chapter.parallel.make_mesh(cp=cp).cp, {}
+    c, group, found = chapter.parallel.context, chapter.parallel.mesh.make_mesh(cp=cp).cp, {}
     wholes = [make_batch(chapter, PACKS[name]) for name in MICROBATCHES]
     for way, checkpointing, precision in CASES:
         before, attends = group.sent, [{"attend": getattr(c, way)(whole, group)} for whole in wholes]
@@ -182,8 +188,9 @@ def test_the_model_learns_the_same(ranks, cp):
         else:
             assert abs(total - loss) < 1e-2 * loss, case
             assert all((found - grad).norm() < 0.05 * grad.norm() for found, grad in zip(sums, grads)), case
-    # What runs twice sends twice: with checkpointing keys and values travel forward, forward again, and on the way back.
-    forward, backward = chapter6.context_parallel.ring_bytes(64, cp, MODEL["num_key_value_heads"], MODEL["head_dim"])
+    # What runs twice sends twice: with checkpointing keys and values travel forward, forward again, and on the way
+    # back.
+    forward, backward = chapter6.parallel.context.ring_bytes(64, cp, MODEL["num_key_value_heads"], MODEL["head_dim"])
     times = MODEL["num_hidden_layers"] * len(wholes)
     for answer in answers:
         assert answer["ring", "none", "fp32"][1] == times * (forward + backward)
@@ -193,14 +200,14 @@ def test_the_model_learns_the_same(ranks, cp):
 # --------------------------------------------------------------------------------------------------- counted on paper
 
 def bytes_sent(chapter, cp):
-    group = chapter.parallel.make_mesh(cp=cp).cp
+    group = chapter.parallel.mesh.make_mesh(cp=cp).cp
     return {(way, dtype.itemsize): spread_attention(chapter, group, way, [64], dtype)[1]
-            for way in WAYS for dtype in (torch.float32, torch.bfloat16)}
+            for way in MODES for dtype in (torch.float32, torch.bfloat16)}
 
 
 @pytest.mark.parametrize("cp", (2, 4))
 def test_bytes_sent(ranks, cp):
-    c = chapter6.context_parallel
+    c = chapter6.parallel.context
     for answer in ranks(cp, bytes_sent, cp):
         for size in (4, 2):
             assert answer["ring", size] == sum(c.ring_bytes(64, cp, KV_HEADS, HEAD_DIM, size))
@@ -216,7 +223,7 @@ def brute_balance(lengths, tokens_of):
 
 @pytest.mark.parametrize("name", PACKS)
 def test_balance(name):
-    c, lengths = chapter6.context_parallel, PACKS[name]
+    c, lengths = chapter6.parallel.context, PACKS[name]
     cu_seqlens = make_batch(chapter6, lengths).cu_seqlens
     chunks = torch.arange(64).view(8, 8)
     assert c.balance(cu_seqlens, 4, "contiguous") == brute_balance(lengths, chunks.view(4, 16))
@@ -225,11 +232,11 @@ def test_balance(name):
         assert len(set(c.balance(cu_seqlens, 4))) == 1
 
 
-# ------------------------------------------------------------------------------------------------------- its parts alone
+# ------------------------------------------------------------------------------------------------------ its parts alone
 
 @pytest.mark.parametrize("name", PACKS)
 def test_split_gives_valid_batches(name):
-    c, whole = chapter6.context_parallel, make_batch(chapter6, PACKS[name])
+    c, whole = chapter6.parallel.context, make_batch(chapter6, PACKS[name])
     parts = [c.split(whole, SimpleNamespace(size=4, rank=rank)) for rank in range(4)]
     for part in parts:
         chapter6.model.check_packing(part.input_ids, part.position_ids, part.cu_seqlens, part.max_seqlen)
@@ -243,26 +250,26 @@ def test_split_gives_valid_batches(name):
 @pytest.mark.parametrize("causal, rows, columns", ((True, 9, 9), (False, 5, 12), (False, 1, 1)))
 def test_the_formula_equals_the_cpu_operator(causal, rows, columns):
     """What a GPU would run, here."""
-    c = chapter6.context_parallel
+    c = chapter6.parallel.context
     q, dy = torch.randn(2, 3, HEADS, rows, HEAD_DIM)
     k, v = torch.randn(2, 3, KV_HEADS, columns, HEAD_DIM)
     expected = c.attention(q, k, v, causal)
     with torch.autocast("cpu", torch.bfloat16):   # which must not make it less exact
         found = c.plain_attention(q, k, v, causal)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    found, expected = (backward(dy, q, k, v, *expected, causal) for backward in (c.plain_backward, c.attention_backward))
+    found, expected = (backward(dy, q, k, v, *expected, causal)
+                       for backward in (c.plain_backward, c.attention_backward))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_one_rank_is_ordinary_attention():
-    c, whole, group = chapter6.context_parallel, make_batch(chapter6, [40, 24]), chapter6.parallel.Group()
-    here = c.split(whole, group)
-    expected = run_attention(chapter6.model.packed_attention, whole, *make_qkv(64))
-    for way in WAYS:
-        found = run_attention(getattr(c, way)(whole, group), here, *make_qkv(64))
+    c, whole, group = chapter6.parallel.context, make_batch(chapter6, [40, 24]), chapter6.parallel.mesh.Group()
+    expected = run_attention(ordinary(chapter6, whole), *make_qkv(64))
+    for way in MODES:
+        found = run_attention(getattr(c, way)(whole, group), *make_qkv(64))
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
 
 
 def test_heads_that_do_not_divide():
-    with pytest.raises(chapter6.errors.InputError, match="8 query and 2 key-value heads do not divide by 4 ranks"):
-        chapter6.context_parallel.check_heads(8, 2, 4)
+    with pytest.raises(chapter6.cli.InputError, match="8 query and 2 key-value heads do not divide by 4 ranks"):
+        chapter6.parallel.context.check_heads(8, 2, 4)

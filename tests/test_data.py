@@ -1,4 +1,5 @@
-"""Nothing is lost between a file and the targets of a batch: documents of every chapter, tokenizers and windows of chapter 1.
+"""Nothing is lost between a file and the targets of a batch: documents of every chapter, tokenizers and windows of
+chapter 1.
 
 The batches of the later chapters are in test_packing.py, their tokenizer in test_qwen_tokenizer.py.
 """
@@ -13,7 +14,8 @@ import torch
 
 from chapters import chapter1
 
-NASTY = ["naïve café", "日本語\ttab", "emoji 🙂🏽", "\u2028\x85 separators", "a\u0301 combining", "<|endoftext|>", " \n ", "\x00\x7f"]
+NASTY = ["naïve café", "日本語\ttab", "emoji 🙂🏽", "\u2028\x85 separators", "a\u0301 combining", "<|endoftext|>",
+         " \n ", "\x00\x7f"]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,8 @@ def test_documents_of_a_text_file_and_of_a_jsonl_file(chapter, tmp_path):
     (tmp_path / "a.txt").write_text(text)
     assert chapter.data.read_text(tmp_path / "a.txt") == ["one\ntwo", "three", "four"]
     (tmp_path / "half.jsonl").write_text('{"text": "half \\ud83d a character"}')
-    assert chapter.data.read_jsonl(tmp_path / "half.jsonl") == ["half \ufffd a character"]   # JSON can say it, UTF-8 cannot
+    # JSON can say it, UTF-8 cannot.
+    assert chapter.data.read_jsonl(tmp_path / "half.jsonl") == ["half \ufffd a character"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in NASTY) + "\n")
     assert chapter.data.read_jsonl(tmp_path / "a.jsonl") == [text.strip("\n") for text in NASTY]
 
@@ -106,13 +109,16 @@ TABLE = parquet([{"text": "one\ntwo", "id": 7}, {"text": "three", "id": None}])
 
 @pytest.mark.reaches("data.read_file", "formats")
 @pytest.mark.parametrize("name, content", [
-    ("a.txt", TEXT), ("A.TXT", TEXT), ("a.text", TEXT), ("a.md", TEXT), ("a.b.txt", TEXT), ("mark.txt", "\ufeff" + TEXT),
+    ("a.txt", TEXT), ("A.TXT", TEXT), ("a.text", TEXT), ("a.md", TEXT), ("a.b.txt", TEXT),
+    ("mark.txt", "\ufeff" + TEXT),
     ("spaces.txt", "one\ntwo\n  \nthree\n"), ("tab.txt", " \n\none\ntwo\n\t\n\u3000\u00a0\nthree\n \n"),
-    ("windows.txt", TEXT.replace("\n", "\r\n")), ("windows_spaces.txt", "one\r\ntwo\r\n \r\nthree"), ("mac.txt", TEXT.replace("\n", "\r")),
-    ("a.jsonl", LINES), ("A.JSONL", LINES), ("a.ndjson", LINES), ("a.NDJson", LINES), ("windows.jsonl", LINES.replace("\n", "\r\n")),
-    ("a.txt.gz", gzip.compress(TEXT.encode())), ("A.JSONL.GZ", gzip.compress(LINES.encode())),
-    ("windows.txt.gz", gzip.compress(TEXT.replace("\n", "\r\n").encode())),
-    ("a.parquet", TABLE), ("A.Parquet", TABLE), ("a.parquet.gz", gzip.compress(TABLE))])
+    ("windows.txt", TEXT.replace("\n", "\r\n")), ("windows_spaces.txt", "one\r\ntwo\r\n \r\nthree"),
+    ("mac.txt", TEXT.replace("\n", "\r")),
+    ("a.jsonl", LINES), ("A.JSONL", LINES), ("a.ndjson", LINES), ("a.NDJson", LINES),
+    ("windows.jsonl", LINES.replace("\n", "\r\n")),
+    ("a.txt.gz", gzip.compress(TEXT.encode(), mtime=0)), ("A.JSONL.GZ", gzip.compress(LINES.encode(), mtime=0)),
+    ("windows.txt.gz", gzip.compress(TEXT.replace("\n", "\r\n").encode(), mtime=0)),
+    ("a.parquet", TABLE), ("A.Parquet", TABLE), ("a.parquet.gz", gzip.compress(TABLE, mtime=0))])
 def test_a_format_is_known_by_the_end_of_the_name(chapter, name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -128,30 +134,35 @@ def test_white_space_within_a_document_stays(chapter, tmp_path):
 
 def refusal(chapter, path):
     """The one line that a file is refused with."""
-    with pytest.raises(chapter.errors.InputError) as error:
+    with pytest.raises(chapter.cli.InputError) as error:
         chapter.data.read_file(path)
     message = str(error.value)
     assert str(path) in message and "\n" not in message, message
     return message
 
 
-@pytest.mark.reaches("data.read_file", "formats", "errors")
-@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.json", "a.zip", "a.docx", "a.pdf", "a.html", "a.xml", "a.arrow", "a.txt.zst",
+@pytest.mark.reaches("data.read_file", "formats", "cli")
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.json", "a.zip", "a.docx", "a.pdf", "a.html", "a.xml",
+                                  "a.arrow", "a.txt.zst",
                                   "a.tar.gz", "a.csv.gz", "a.txt.bak", "a.py", "a.npy", "txt", "a.gz"])
 def test_other_formats_are_refused_by_name(chapter, name, tmp_path):
     """Whatever is in them. As text this one could be trained on."""
     (tmp_path / name).write_text(TEXT * 100)
-    named = {"txt": "without an ending", "a.gz": "without an ending", "a.tar.gz": ".tar", "a.csv.gz": ".csv", "a.TSV": ".tsv"}
+    named = {"txt": "without an ending", "a.gz": "without an ending", "a.tar.gz": ".tar", "a.csv.gz": ".csv",
+             "a.TSV": ".tsv"}
     message = refusal(chapter, tmp_path / name)
-    assert named.get(name, name[name.rindex("."):] if "." in name else "") + " is not read" in message and "convert" in message
+    assert named.get(name, name[name.rindex("."):] if "." in name
+                     else "") + " is not read" in message and "convert" in message
 
 
-@pytest.mark.reaches("data.read_file", "formats", "errors")
+@pytest.mark.reaches("data.read_file", "formats", "cli")
 @pytest.mark.parametrize("name, content, words", [
-    ("no.txt.gz", TEXT.encode(), ["gzip"]), ("cut.txt.gz", gzip.compress(TEXT.encode() * 99)[:-9], ["damaged"]),
-    ("bits.jsonl.gz", gzip.compress(LINES.encode())[:12] + b"\xff" * 40, ["damaged"]),
-    ("latin1.txt.gz", gzip.compress("th\u00e9".encode("latin-1")), ["byte 2", "UTF-8"]),
-    ("no.parquet", TEXT.encode(), ["Parquet"]), ("empty.parquet", b"", ["Parquet"]), ("cut.parquet", TABLE[:-20], ["Parquet"]),
+    ("no.txt.gz", TEXT.encode(), ["gzip"]),
+    ("cut.txt.gz", gzip.compress(TEXT.encode() * 99, mtime=0)[:-9], ["damaged"]),
+    ("bits.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:12] + b"\xff" * 40, ["damaged"]),
+    ("latin1.txt.gz", gzip.compress("th\u00e9".encode("latin-1"), mtime=0), ["byte 2", "UTF-8"]),
+    ("no.parquet", TEXT.encode(), ["Parquet"]), ("empty.parquet", b"", ["Parquet"]),
+    ("cut.parquet", TABLE[:-20], ["Parquet"]),
     ("bits.parquet", TABLE[:4] + bytes(len(TABLE) // 2) + TABLE[4 + len(TABLE) // 2:], ["Parquet"]),
     ("no.parquet.gz", TABLE, ["gzip"]),
     ("columns.parquet", parquet([{"words": "a"}]), ["row 1", "text", "words"]),
@@ -169,11 +180,13 @@ def test_files_that_do_not_hold_what_their_name_says(chapter, name, content, wor
 
 
 def conversations(pairs):
-    return [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in pairs]
+    return [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            for question, answer in pairs]
 
 
 SUMS = conversations((f"What is {i} + {i + 1}?", str(2 * i + 1)) for i in random.Random(0).sample(range(1000), 200))
-WORDS = conversations((f"Spell the word number {i} of the song backwards, please.", f"It is {i} letters long.") for i in range(200))
+WORDS = conversations((f"Spell the word number {i} of the song backwards, please.", f"It is {i} letters long.")
+                      for i in range(200))
 MIXED = random.Random(0).sample(SUMS + WORDS, 400)
 
 
@@ -224,5 +237,5 @@ def test_offline_tinyshakespeare_falls_back_in_one_line(chapter, monkeypatch, ca
     monkeypatch.setattr(chapter.data, "DATA", tmp_path)
     assert chapter.data.fetch("tinyshakespeare") == "python-docs"
     assert len(capfd.readouterr().out.splitlines()) == 1
-    with pytest.raises(chapter.errors.InputError):
+    with pytest.raises(chapter.cli.InputError):
         chapter.data.fetch("wikitext-2")

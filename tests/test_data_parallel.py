@@ -1,4 +1,4 @@
-"""Chapter 6: data parallel and ZeRO compute what one process does, hold what the formula says, and send what it says."""
+"""Chapter 6: data parallel and ZeRO compute what one process does, hold what the formula says, send what it says."""
 import itertools
 import random
 from dataclasses import fields
@@ -9,27 +9,28 @@ import torch
 from chapters import load_chapter
 
 STEPS, PACKS = 3, 3   # steps of a run; packs of each rank in a step
-WAYS = ("naive", "bucketed", "overlapped", 1, 2, 3, "torch")
+MODES = ("naive", "bucketed", "overlapped", 1, 2, 3, "torch")
 EVEN = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=4, max_position_embeddings=64)
 # Nothing divides by 2 or 4, and the norms of heads have 2 rows: the last ranks own none of them.
-ODD = EVEN | dict(vocab_size=61, hidden_size=15, intermediate_size=27, num_attention_heads=3, num_key_value_heads=1, head_dim=2)
+ODD = EVEN | dict(vocab_size=61, hidden_size=15, intermediate_size=27, num_attention_heads=3,
+                  num_key_value_heads=1, head_dim=2)
 
 
 def make_model(chapter, sizes, mesh, dtype=torch.float32):
     torch.manual_seed(0)
     model = chapter.model.Transformer(chapter.model.ModelConfig(**sizes)).to(dtype)
-    chapter.parallel.label(model, mesh)
+    chapter.parallel.mesh.label(model, mesh)
     return model
 
 
 def make_packs(chapter, n, vocab_size=61, seed=0):
     """Packs of very unequal length, and in some hardly any token counts."""
-    dice, packs = random.Random(seed), []
+    rng, packs = random.Random(seed), []
     for number in range(n):
         windows = []
-        for _ in range(dice.randint(1, 4)):
-            ids = [dice.randrange(vocab_size) for _ in range(dice.randint(2, 20))]
+        for _ in range(rng.randint(1, 4)):
+            ids = [rng.randrange(vocab_size) for _ in range(rng.randint(2, 20))]
             counts = [number % 3 > 0 or i == 0 for i in range(len(ids) - 1)]
             windows.append((ids[:-1], [i if count else chapter.data.IGNORE for i, count in zip(ids[1:], counts)]))
         packs.append(chapter.data.packed_sequence_collate_fn(windows))
@@ -46,8 +47,8 @@ def loss_sum(chapter, model, batch, precision):
 
 
 def adamw(chapter, parameters):
-    """As in train.py. Adam divides each gradient by its own size, so that of one that is nearly zero the last bits decide where
-    the weight goes. A large eps keeps that out of the comparison."""
+    """As in train.py. Adam divides each gradient by its own size, so that of one that is nearly zero the last bits
+    decide where the weight goes. A large eps keeps that out of the comparison."""
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     if parameters[0].dtype == torch.bfloat16:
@@ -72,16 +73,18 @@ class Separate:
 
 
 def make_way(chapter, model, mesh, way):
-    d = chapter.data_parallel
+    d = chapter.parallel.data
     if way == "overlapped":
         return d.Overlapped(model, limit=3000)   # bytes: several buckets
     if way in ("naive", "bucketed"):
         return Separate(model, d.naive if way == "naive" else lambda parameters: d.bucketed(parameters, limit=3000))
-    return d.WAYS[str(way)](model, mesh)
+    return d.MODES[str(way)](model, mesh)
 
 
 def whole_of(shards, tensors, mesh):
-    """{name: tensor}: each rank's pieces in their places, the holes filled by the others (summed: no two ranks hold the same)."""
+    """{name: tensor}: each rank's pieces in their places, the holes filled by the others (summed: no two ranks hold the
+    same).
+    """
     whole = {}
     for shard, tensor in zip(shards, tensors):
         whole[shard.piece.name] = torch.zeros(shard.piece.shape)
@@ -95,7 +98,7 @@ def whole_of(shards, tensors, mesh):
 def train(chapter, model, way, mesh, packs_of_step, counts, precision="fp32"):
     """A clipped step for each list of packs -> (losses, norms, the first step's gradients)."""
     optimizer = adamw(chapter, list(way.parameters()))
-    copies = chapter.parallel.count_copies(way.parameters(), mesh)
+    copies = chapter.parallel.mesh.count_copies(way.parameters(), mesh)
     losses, norms, first = [], [], None
     for packs, count in zip(packs_of_step, counts):
         optimizer.zero_grad()
@@ -108,7 +111,7 @@ def train(chapter, model, way, mesh, packs_of_step, counts, precision="fp32"):
         way.finish()
         first = first or [p.grad.clone() for p in way.parameters()]
         losses.append(mesh.world.all_reduce(loss).item())
-        norms.append(chapter.parallel.clip_gradients(list(way.parameters()), copies, mesh, 0.5).item())
+        norms.append(chapter.parallel.mesh.clip_gradients(list(way.parameters()), copies, mesh, 0.5).item())
         optimizer.step()
         way.after_step()
     return losses, norms, first
@@ -129,11 +132,13 @@ def relative(found, expected):
 
 def differences(chapter, name, size, sizes, checkpointing, precision):
     """By what a run over `size` ranks differs from one process that has all packs."""
-    mesh = chapter.parallel.make_mesh(dp=size)
+    mesh = chapter.parallel.mesh.make_mesh(dp=size)
     mine, every, counts = shares(chapter, mesh)
-    alone = chapter.parallel.Mesh(*(chapter.parallel.Group() for _ in fields(chapter.parallel.Mesh)[:-1]), device_mesh=None)
+    alone = chapter.parallel.mesh.Mesh(*(chapter.parallel.mesh.Group()
+                                         for _ in fields(chapter.parallel.mesh.Mesh)[:-1]), device_mesh=None)
     model = make_model(chapter, sizes, alone)
-    losses, norms, gradients = train(chapter, model, Separate(model, lambda parameters: None), alone, every, counts, precision)
+    losses, norms, gradients = train(chapter, model, Separate(model, lambda parameters: None), alone, every,
+                                     counts, precision)
     gradients, weights = dict(zip(dict(model.named_parameters()), gradients)), dict(model.named_parameters())
     later = loss_sum(chapter, model, every[0][0], precision).item()
     model = make_model(chapter, sizes, mesh)
@@ -142,14 +147,16 @@ def differences(chapter, name, size, sizes, checkpointing, precision):
     found = train(chapter, model, way, mesh, mine, counts, precision)
     with torch.no_grad():
         found_later = loss_sum(chapter, model, every[0][0], precision).item()
-    found_gradients, found_weights = (whole_of(way.parameters(), tensors, mesh) for tensors in (found[2], way.parameters()))
+    found_gradients, found_weights = (whole_of(way.parameters(), tensors, mesh)
+                                      for tensors in (found[2], way.parameters()))
     assert list(found_weights) == list(weights), "other names, or in another order"
     return {"losses": relative(found[0], losses), "norms": relative(found[1], norms),
             "gradients": relative(found_gradients.values(), gradients.values()),
-            "weights": relative(found_weights.values(), weights.values()), "without gradients": relative([found_later], [later])}
+            "weights": relative(found_weights.values(), weights.values()),
+            "without gradients": relative([found_later], [later])}
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", MODES)
 def test_equal_to_one_process(ranks, name):
     """After three clipped steps of AdamW: three packs of unequal tokens each, a tied table, rows that do not divide."""
     cases = [(2, EVEN, "none", "fp32"), (4, ODD, "none", "fp32")]
@@ -163,16 +170,19 @@ def test_equal_to_one_process(ranks, name):
 
 def storage_bytes(tensors):
     """Bytes of the memory behind tensors; what several share is counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors
+                if t is not None}.values())
 
 
 def costs(chapter, size, stage):
-    """A second step of PACKS packs: bytes held when backward is done, bytes sent, both predicted; which units are whole."""
-    mesh = chapter.parallel.make_mesh(dp=size)
+    """A second step of PACKS packs: bytes held when backward is done, bytes sent, both predicted; which units are
+    whole.
+    """
+    mesh = chapter.parallel.mesh.make_mesh(dp=size)
     model = make_model(chapter, EVEN, mesh)
     blocks = sum(p.nbytes for p in model.model.layers.parameters())
     root = sum(p.nbytes for p in model.parameters()) - blocks
-    way = chapter.data_parallel.WAYS[str(stage)](model, mesh)
+    way = chapter.parallel.data.MODES[str(stage)](model, mesh)
     optimizer, together = adamw(chapter, list(way.parameters())), []
 
     def look(*_):
@@ -193,8 +203,8 @@ def costs(chapter, size, stage):
         optimizer.step()
         way.after_step()
         sent = mesh.sent - sent
-    return (held / model.num_parameters(), chapter.zero.bytes_per_parameter(stage, size),
-            sent, chapter.zero.step_bytes(stage, size, blocks, root, PACKS), together)
+    return (held / model.num_parameters(), chapter.parallel.zero.bytes_per_parameter(stage, size),
+            sent, chapter.parallel.zero.step_bytes(stage, size, blocks, root, PACKS), together)
 
 
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
@@ -203,15 +213,17 @@ def test_memory_and_bytes_as_predicted(ranks, stage):
         for held, expected, sent, predicted, together in ranks(size, costs, size, stage):
             assert held == expected and sent == predicted, (stage, size, held, expected, sent, predicted)
             if stage == 3:   # the root and the block that computes: first, second forward, second, first backward
-                assert together == 3 * [[True, True, False], [True, False, True], [True, False, True], [True, True, False]]
+                assert together == 3 * [[True, True, False], [True, False, True], [True, False, True],
+                                        [True, True, False]]
 
 
 def others_first(chapter):
     """Three parameters, each a bucket, and on each rank another one that the loss does not depend on."""
-    mesh = chapter.parallel.make_mesh(dp=4)
+    mesh = chapter.parallel.mesh.make_mesh(dp=4)
     module = torch.nn.ParameterList([torch.ones(2), torch.ones(2), torch.ones(2)])
-    chapter.parallel.label(module, mesh)
-    way = chapter.data_parallel.Overlapped(module, limit=1)
+    module.num_parameters = lambda: 6
+    chapter.parallel.mesh.label(module, mesh)
+    way = chapter.parallel.data.Overlapped(module, limit=1)
     way.before_backward(last=True)
     sum(10 ** i * p.sum() for i, p in enumerate(module) if i != mesh.data.rank).backward()
     way.finish()
@@ -226,14 +238,16 @@ def others_first(chapter):
 
 
 def test_buckets_in_the_same_order_on_all_ranks(ranks):
-    """A gradient that does not come on one rank: the others' buckets are not summed with another one, nobody waits for ever."""
+    """A gradient that does not come on one rank: the others' buckets are not summed with another one, nobody waits for
+    ever.
+    """
     expected = [[3.0, 3.0], [30.0, 30.0], [300.0, 300.0]]
     assert ranks(4, others_first) == 4 * [(expected, [0, 3], [[4 * (x + 2) for x in row] for row in expected])]
 
 
 def two_in_flight(chapter, name):
-    """Two packs forward, then two backward, as in a pipeline -> by how much gradients differ from one after the other."""
-    mesh = chapter.parallel.make_mesh(dp=2)
+    """Two packs forward, then two backward, as in a pipeline -> how far gradients are from one after the other."""
+    mesh = chapter.parallel.mesh.make_mesh(dp=2)
     packs, found = make_packs(chapter, 2, seed=mesh.data.rank), []
     for in_flight in (False, True):
         model = make_model(chapter, ODD, mesh)
@@ -255,7 +269,7 @@ def test_packs_in_flight(ranks, name):
 
 
 def in_bfloat16(chapter, name):
-    mesh = chapter.parallel.make_mesh(dp=2)
+    mesh = chapter.parallel.mesh.make_mesh(dp=2)
     mine, _, counts = shares(chapter, mesh)
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -266,18 +280,20 @@ def in_bfloat16(chapter, name):
 
 @pytest.mark.parametrize("name", ("overlapped", 1, 2, 3, "torch"))
 def test_weights_in_bfloat16(ranks, name):
-    """--precision bf16-pure: no rank has random bits of another's rows, so that only the course of the loss can be compared."""
+    """--precision bf16-pure: no rank has random bits of another's rows, so that only the course of the loss can be
+    compared.
+    """
     assert max(ranks(2, in_bfloat16, name)) < 0.02
 
 
 def with_experts(chapter, names):
     """Experts spread over two of four ranks: their weights are held and reduced by fewer ranks than the rest."""
-    mesh = chapter.parallel.make_mesh(dp=4, ep=2)
+    mesh = chapter.parallel.mesh.make_mesh(dp=4, ep=2)
     mine, _, counts = shares(chapter, mesh)
     runs = []
     for name in names:
         model = make_model(chapter, EVEN | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8), mesh)
-        chapter.moe.spread(model, mesh)
+        chapter.parallel.experts.spread(model, mesh)
         losses, norms, _ = train(chapter, model, make_way(chapter, model, mesh, name), mesh, mine, counts)
         runs.append(losses + norms)
     return [relative(run, runs[0]) for run in runs]
@@ -289,7 +305,7 @@ def test_experts_have_a_group_of_their_own(ranks):
 
 
 def test_packs_shared_out_by_cost():
-    d = load_chapter("chapter-06-parallelism").data_parallel
+    d = load_chapter("chapter-06-parallelism").parallel.data
     cost = [9, 1, 8, 2, 7, 3, 6, 4]
     shares = d.share_out("abcdefgh", cost, 2)
     assert sorted(sum(shares, [])) == list("abcdefgh") and [len(share) for share in shares] == [4, 4]

@@ -229,13 +229,16 @@ def test_killed_half_way_then_continued(here, server):
 
 
 def test_killed_at_any_instant(here, server, record_property):
-    """With KILLS=1000 fifty of them. What is installed is right, what is somebody else's stays, and in the end there is no part."""
-    dice, kills = random.Random(0), max(1, int(os.environ.get("KILLS", 0)) // 20)
+    """With KILLS=1000 fifty of them.
+
+    What is installed is right, what is somebody else's stays, and in the end there is no part.
+    """
+    rng, kills = random.Random(0), max(1, int(os.environ.get("KILLS", 0)) // 20)
     (here / "file.old").write_text("somebody's")
     for _ in range(kills):
-        server.mode = dice.choice(["range", "stop"])
+        server.mode = rng.choice(["range", "stop"])
         process = start(here, server.url)
-        time.sleep(dice.uniform(0.1, 0.5))
+        time.sleep(rng.uniform(0.1, 0.5))
         process.kill()
         process.communicate()
         found = files(here)

@@ -1,5 +1,5 @@
-"""What a script writes and reads beside other people's files: nothing is removed or replaced that it has not made, what it makes others
-may read as the umask says, and what it may not read it does not call missing."""
+"""What a script writes and reads beside other people's files: nothing is removed or replaced that it has not made, what
+it makes others may read as the umask says, and what it may not read it does not call missing."""
 import json
 import os
 import shutil
@@ -42,8 +42,10 @@ def expect_modes(paths, mask):
 def test_a_run_leaves_other_files_alone_and_its_own_can_be_read(chapter, trained, tmp_path, text_file, umask):
     """Names like ours, in --out and beside it. What an earlier run has written there it replaces, and nothing else."""
     out = shutil.copytree(trained, tmp_path / "out")
-    fill(out, "probe.tmp", "checkpoint.tmp/model.safetensors", "checkpoint.old/state.json", "checkpoint-500/model.safetensors", "model.tmp/a",
-         "config.json.tmp", "model.safetensors.tmp", "tensorboard/notes.txt", "tensorboard/other/events.out.tfevents.1", "out.tmp/a")
+    fill(out, "probe.tmp", "checkpoint.tmp/model.safetensors", "checkpoint.old/state.json",
+         "checkpoint-500/model.safetensors", "model.tmp/a",
+         "config.json.tmp", "model.safetensors.tmp", "tensorboard/notes.txt",
+         "tensorboard/other/events.out.tfevents.1", "out.tmp/a")
     fill(tmp_path, "out.tmp/a", "out.old/a", "checkpoint/a")
     before = {name: data for name, data in contents(tmp_path).items() if data == b"not yours"}
     umask(0o027)
@@ -53,11 +55,13 @@ def test_a_run_leaves_other_files_alone_and_its_own_can_be_read(chapter, trained
     events = list((out / "tensorboard").glob("events.out.tfevents.*"))
     assert len(events) == 2   # of one run: add_hparams has a file of its own
     assert not any("unfinished" in name or "replaced" in name for name in after)
-    expect_modes([out / "checkpoint", *(out / "checkpoint").iterdir(), *events, *map(out.joinpath, chapter.checkpoint.MODEL_FILES)], 0o027)
+    expect_modes([out / "checkpoint", *(out / "checkpoint").iterdir(), *events,
+                  *map(out.joinpath, chapter.checkpoint.MODEL_FILES)], 0o027)
 
 
 @pytest.mark.parametrize("names, word", [
-    (["config.json"], "config.json"), (["model.safetensors", "tokenizer.json"], "model.safetensors"), (["summary.json"], "summary.json"),
+    (["config.json"], "config.json"), (["model.safetensors", "tokenizer.json"], "tokenizer.json"),
+    (["summary.json"], "summary.json"),
     (["checkpoint/model.safetensors"], "checkpoint"), (["checkpoint/state.json", "checkpoint/notes.txt"], "notes.txt"),
     (["checkpoint"], "checkpoint")])
 def test_a_run_that_would_replace_other_files_does_not_begin(chapter, tmp_path, call, names, word):
@@ -75,9 +79,11 @@ def test_a_run_does_not_overwrite_what_it_begins_with(chapter, trained, tmp_path
     before = contents(out)
     (tmp_path / "link").symlink_to(out)
     for name in ("out", "out/../out", "link"):
-        expect_error(call(chapter.train, "--init", out, "--data", text_file, *chapter.quick, "--out", tmp_path / name), "--out", "--init")
+        expect_error(call(chapter.train, "--init", out, "--data", text_file, *chapter.quick, "--out", tmp_path / name),
+                     "--out", "--init")
     shutil.rmtree(out / "checkpoint")   # as a folder from the hub looks
-    expect_error(call(chapter.train, "--init", out, "--data", text_file, *chapter.quick, "--out", out), "--out", "config.json")
+    expect_error(call(chapter.train, "--init", out, "--data", text_file, *chapter.quick, "--out", out), "--out",
+                 "config.json")
     assert contents(out) == {name: data for name, data in before.items() if not name.startswith("checkpoint/")}
 
 
@@ -85,7 +91,8 @@ def test_a_checkpoint_of_an_earlier_version_resumes(chapter, trained, tmp_path, 
     """Killed between its two renamings, it has left checkpoint.old."""
     out = shutil.copytree(trained, tmp_path / "out")
     (out / "checkpoint").rename(out / "checkpoint.old")
-    status, printed, err = call(chapter.train, "--data", text_file, *chapter.quick, "--steps", 4, "--out", out, "--resume")
+    status, printed, err = call(chapter.train, "--data", text_file, *chapter.quick, "--steps", 4, "--out",
+                                out, "--resume")
     assert status == 0 and "resuming after step 3" in printed, err
 
 
@@ -116,7 +123,8 @@ def test_quantize_leaves_other_files_alone_and_its_own_can_be_read(full, tmp_pat
     before |= {"Qwen3-0.6B-int8/notes.txt": b"not yours", "Qwen3-0.6B-int8/more/notes.txt": b"not yours"}
     quantize(full, out)
     assert before.items() <= contents(tmp_path).items()
-    assert {path.name for path in out.iterdir()} == {*load_chapter(QUANTIZATION).checkpoint.MODEL_FILES, "notes.txt", "more"}
+    assert {path.name for path in out.iterdir()} == {*load_chapter(QUANTIZATION).checkpoint.MODEL_FILES,
+                                                     "notes.txt", "more"}
 
 
 def test_quantize_into_the_folder_one_is_in(full, tmp_path, monkeypatch):
@@ -138,7 +146,8 @@ def test_where_quantize_cannot_write_it_says_so_before_the_work(full, tmp_path, 
     fill(tmp_path, "file", "folder/notes.txt", "folder/below/a")
     before = contents(tmp_path)
     monkeypatch.chdir(tmp_path / "folder")
-    for out in ("/", ".", "..", tmp_path / "file", tmp_path / "file" / "below", "/proc/self/none", full, full / "..", full / "." / ""):
+    for out in ("/", ".", "..", tmp_path / "file", tmp_path / "file" / "below", "/proc/self/none", full, full / "..",
+                full / "." / ""):
         expect_error(call(module, "--checkpoint", full, "--method", "int8", "--out", out))
     assert contents(tmp_path) == before
 
@@ -149,7 +158,8 @@ def test_a_killed_quantize_is_forgotten(full, tmp_path):
     for _ in range(2):
         fill(tmp_path / "out", f"{name}/model.safetensors")
         quantize(full, tmp_path / "out")
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {*load_chapter(QUANTIZATION).checkpoint.MODEL_FILES}
+        assert {path.name for path in (tmp_path
+                                       / "out").iterdir()} == {*load_chapter(QUANTIZATION).checkpoint.MODEL_FILES}
 
 
 # ------------------------------------------------------------------------------------- what others may not read
@@ -190,4 +200,5 @@ def test_a_text_that_may_not_be_read_is_not_called_missing(chapter, text_file, t
         os.chmod(open_to_all, 0o777)
         text = shutil.copy(text_file, open_to_all)
         os.chmod(text, 0)
-        expect_error(as_somebody_else(lambda: call(chapter.train, "--data", text, "--out", f"{open_to_all}/out")), text, "Permission denied")
+        expect_error(as_somebody_else(lambda: call(chapter.train, "--data", text, "--out", f"{open_to_all}/out")),
+                     text, "Permission denied")

@@ -32,8 +32,10 @@ def assert_equal(ours, theirs, **tolerance):
 
 @pytest.mark.parametrize("reference", ["plain_attention", "library_attention"])
 @pytest.mark.parametrize("H, L, K, query_block, key_block", [
-    (1, 1, 4, 1, 1), (2, 1, 8, 64, 64), (3, 2, 8, 1, 1), (2, 7, 8, 3, 2), (2, 16, 8, 4, 4), (1, 17, 8, 4, 8), (2, 33, 16, 8, 5),
-    (2, 33, 16, 5, 8), (1, 40, 8, 1, 7), (1, 40, 8, 7, 1), (2, 64, 32, 64, 16), (2, 65, 32, 16, 64), (1, 130, 64, 64, 64)])
+    (1, 1, 4, 1, 1), (2, 1, 8, 64, 64), (3, 2, 8, 1, 1), (2, 7, 8, 3, 2), (2, 16, 8, 4, 4), (1, 17, 8, 4, 8),
+    (2, 33, 16, 8, 5),
+    (2, 33, 16, 5, 8), (1, 40, 8, 1, 7), (1, 40, 8, 7, 1), (2, 64, 32, 64, 16), (2, 65, 32, 16, 64),
+    (1, 130, 64, 64, 64)])
 def test_attention_in_blocks_is_attention(reference, H, L, K, query_block, key_block):
     """Output and gradients, in float64, where nothing but a mistake is left of a difference."""
     inputs = random_inputs(H, L, K, torch.float64)
@@ -48,14 +50,15 @@ def test_attention_in_blocks_is_attention_in_float32():
 
 
 RISING = torch.arange(1, 51)
-STEPS = {"rising": RISING, "falling": RISING.flip(0), "below zero, rising": -RISING.flip(0), "below zero, falling": -RISING}
+STEPS = {"rising": RISING, "falling": RISING.flip(0), "below zero, rising": -RISING.flip(0),
+         "below zero, falling": -RISING}
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-2), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 def test_large_scores_do_not_overflow(steps, dtype, tolerance):
-    """Scores of thousands. Rising along the row, each block brings a new maximum; falling, the first one had it. Below zero
-    every exp() alone would be 0."""
+    """Scores of thousands. Rising along the row, each block brings a new maximum; falling, the first one had it. Below
+    zero every exp() alone would be 0."""
     q, k, v, dout = random_inputs(2, len(steps), 16, dtype)
     inputs = q.abs() * 20, k.abs() * steps[:, None], v, dout
     assert (inputs[0] @ inputs[1].mT / 4).abs().max() > 2000
@@ -100,7 +103,8 @@ def test_the_running_average_ends_as_the_softmax(block):
     assert weighted / total == pytest.approx((scores.softmax(0) @ values).item())
 
 
-@pytest.mark.parametrize("L, query_block, key_block", [(1, 1, 1), (12, 4, 4), (13, 4, 4), (13, 3, 5), (13, 5, 3), (9, 20, 2)])
+@pytest.mark.parametrize("L, query_block, key_block", [(1, 1, 1), (12, 4, 4), (13, 4, 4), (13, 3, 5),
+                                                       (13, 5, 3), (9, 20, 2)])
 def test_blocks_are_those_that_the_mask_leaves_something_of(L, query_block, key_block):
     visible = torch.ones(L, L, dtype=torch.bool).tril()
     found = [(queries, keys) for queries, key_blocks in flash.visible_blocks(L, query_block, key_block)
@@ -169,7 +173,9 @@ def test_peaks_are_as_predicted():
 
 
 def test_the_library_is_measured_with_its_fused_kernel():
-    """On a CPU scaled_dot_product_attention has one for four dimensions only: the comparison must not be with the formula."""
+    """On a CPU scaled_dot_product_attention has one for four dimensions only: the comparison must not be with the
+    formula.
+    """
     H, L, K = 2, 512, 32
     assert flash.peak_bytes(flash.library_attention, H, L, K) < flash.plain_bytes(H, L, K) / 2
 
@@ -177,7 +183,7 @@ def test_the_library_is_measured_with_its_fused_kernel():
 def test_the_script_runs_writes_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(flash, "LENGTHS", (64, 128))
     monkeypatch.setattr(flash, "FIGURES", tmp_path)
-    monkeypatch.setattr(chapter4.report, "RESULTS", tmp_path)
+    monkeypatch.setattr(chapter4.results, "RESULTS", tmp_path)
     printed = run_here(flash)
     assert all(f"\n{number}. " in printed for number in (1, 2, 3))
     result = json.loads((tmp_path / "flash_attention.json").read_text())

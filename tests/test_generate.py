@@ -9,17 +9,18 @@ from chapters import chapter1, run_here
 
 
 def draws(chapter, logits, n=2000, **settings):
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     settings = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
-    return torch.tensor([chapter.generate.sample(logits.clone(), dice=dice, **settings) for _ in range(n)])
+    return torch.tensor([chapter.sampling.sample(logits.clone(), rng=rng, **settings) for _ in range(n)])
 
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 
 
-@pytest.mark.reaches("generate.sample")
+@pytest.mark.reaches("sampling.sample")
 @pytest.mark.parametrize("settings, kept", [
-    ({}, [0, 1, 2, 3, 4]), ({"temperature": 0.5}, [0, 1, 2, 3, 4]), ({"top_k": 2}, [1, 3]), ({"top_k": 99}, [0, 1, 2, 3, 4]),
+    ({}, [0, 1, 2, 3, 4]), ({"temperature": 0.5}, [0, 1, 2, 3, 4]), ({"top_k": 2}, [1, 3]),
+    ({"top_k": 99}, [0, 1, 2, 3, 4]),
     ({"top_p": 0.4}, [1]), ({"top_p": 0.41}, [1, 3]), ({"top_p": 0.8}, [1, 3, 4]), ({"top_p": 1e-6}, [1]),
     ({"top_k": 3, "top_p": 0.5}, [1, 3]), ({"temperature": 1e-30}, [1]), ({"temperature": 0}, [1])])
 def test_samples_follow_the_distribution(chapter, settings, kept):
@@ -35,7 +36,9 @@ def test_samples_follow_the_distribution(chapter, settings, kept):
 
 
 def test_settings_that_make_no_sense(chapter, text_file):
-    """The command line refuses them, and so does generate(), for whoever calls it; numbers of numpy and torch are numbers."""
+    """The command line refuses them, and so does generate(), for whoever calls it; numbers of numpy and torch are
+    numbers.
+    """
     tokenizer = chapter.make_tokenizer(chapter.data.read_text(text_file))
     model, prompt = chapter.make_model(tokenizer), chapter.prompt_ids(tokenizer, "the king")
 
@@ -43,15 +46,17 @@ def test_settings_that_make_no_sense(chapter, text_file):
         return list(chapter.generate.generate(model, tokenizer, prompt, tokens, **settings))
     expected = generate(temperature=0.5, top_k=4, top_p=0.5, seed=3)
     for one, array in ((np.float64, np.array), (np.float64, torch.tensor)):
-        assert generate(array(prompt), array(5), temperature=one(0.5), top_k=array(4), top_p=one(0.5), seed=array(3)) == expected
+        assert generate(array(prompt), array(5), temperature=one(0.5), top_k=array(4), top_p=one(0.5),
+                        seed=array(3)) == expected
     numbers = [float("nan"), float("inf"), -1, "1", True, [1], np.array([1, 1])]
     for name, values in {"temperature": [*numbers, None], "top_k": [*numbers, 0, 1.5, 2.0], "top_p": [*numbers, 0, 2],
                          "seed": [*numbers, None, 1.5, 2 ** 63, 2 ** 64], "tokens": [*numbers, None, 0, 1.5]}.items():
         for value in values:
-            with pytest.raises(chapter.errors.InputError, match="number from"):
+            with pytest.raises(chapter.cli.InputError, match="number from"):
                 generate(**{name: value})
-    for prompt in ([True], [1.5], ["a"], [tokenizer.vocab_size], [-1], [[1]], 5, None, "king", np.array([1.5]), torch.tensor([[1]])):
-        with pytest.raises(chapter.errors.InputError, match="token id"):
+    for prompt in ([True], [1.5], ["a"], [tokenizer.vocab_size], [-1], [[1]], 5, None, "king", np.array([1.5]),
+                   torch.tensor([[1]])):
+        with pytest.raises(chapter.cli.InputError, match="token id"):
             generate(prompt)
 
 
@@ -78,7 +83,7 @@ def test_longer_than_the_context(chapter, text_file, monkeypatch):
     def next_word(logits, *_):
         seen.append(logits)
         return words[len(seen) - 1]
-    monkeypatch.setattr(chapter.generate, "sample", next_word)
+    monkeypatch.setattr(chapter.sampling, "sample", next_word)
     tokens = list(chapter.generate.generate(model, tokenizer, chapter.prompt_ids(tokenizer, ""), 40))
     assert tokens == words[:40]
     for i in (10, 20, 39):   # all ids below end_of_text are ordinary tokens
@@ -105,7 +110,7 @@ def test_an_end_of_text_begins_a_new_document_with_an_empty_context(chapter, tex
     def ending(logits, *_):
         seen.append(logits)
         return tokenizer.end_of_text if len(seen) == 3 else the
-    monkeypatch.setattr(chapter.generate, "sample", ending)
+    monkeypatch.setattr(chapter.sampling, "sample", ending)
     tokens = list(chapter.generate.generate(model, tokenizer, chapter.prompt_ids(tokenizer, "king"), 5))
     assert tokens == [the, the, tokenizer.end_of_text, the, the]
     for logits, context in zip(seen[3:], ([], [the])):

@@ -1,4 +1,6 @@
 """Chapter 7: GPTQ, AWQ and SmoothQuant, equal to the plain way of computing what they promise, in float64."""
+import functools
+
 import pytest
 import torch
 
@@ -32,7 +34,8 @@ def output_error(weight, quantized, x):
 
 
 def one_column_after_the_other(weight, x, scale, zero, format, damping=0.01):
-    """Optimal brain quantization: round a column, then let least squares choose all columns that are left, anew each time.
+    """Optimal brain quantization: round a column, then let least squares choose all columns that are left, anew each
+    time.
 
     The damping is written as what it means: K more tokens, one for each input alone. Returns integers (N, K).
     """
@@ -64,7 +67,8 @@ def clipped_directly(weight, x, format, steps=10):
         for n, row in enumerate(weight[:, columns]):
             low, high = (-row.abs().max(), row.abs().max()) if format.symmetric else (row.min(), row.max())
             attempts = [row.clamp(low * (1 - i / steps / 2), high * (1 - i / steps / 2)) for i in range(steps)]
-            errors = [((rounded(attempt[None], format) - row) @ x[:, columns].T).square().sum().item() for attempt in attempts]
+            errors = [((rounded(attempt[None], format) - row) @ x[:, columns].T).square().sum().item()
+                      for attempt in attempts]
             result[n, columns] = attempts[errors.index(min(errors))]
     return result
 
@@ -110,12 +114,15 @@ def test_gptq_with_fewer_tokens_than_inputs(T, size):
 # ------------------------------------------------------------------------------------------------- AWQ and SmoothQuant
 
 HEADS = [(4, 4), (4, 2), (6, 1)]
-SHARED = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),   # layers with the same inputs
+# Layers with the same inputs.
+SHARED = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
           ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
 
 
 def make_block(heads=4, key_value_heads=2, seed=0):
-    """A Block far from its initial values, so that a missing term shows, and what to call it with: x (T, D) and two documents."""
+    """A Block far from its initial values, so that a missing term shows, and what to call it with: x (T, D) and two
+    documents.
+    """
     config = chapter7.model.ModelConfig(hidden_size=64, intermediate_size=96, num_attention_heads=heads,
                                         num_key_value_heads=key_value_heads, head_dim=16)
     torch.manual_seed(seed)
@@ -125,7 +132,9 @@ def make_block(heads=4, key_value_heads=2, seed=0):
     T, positions = 60, torch.cat([torch.arange(40), torch.arange(20)])
     x = torch.randn(T, 64) * torch.randn(64).exp()
     rotary = chapter7.model.rotary_angles(positions, 16, 10000.0, torch.float32)
-    return block, (x, rotary, (torch.tensor([0, 40, 60], dtype=torch.int32), 40))
+    attend = functools.partial(chapter7.attention.packed_attention,
+                               cu_seqlens=torch.tensor([0, 40, 60], dtype=torch.int32), max_seqlen=40)
+    return block, (x, rotary, attend)
 
 
 class Seen:
@@ -139,7 +148,8 @@ class Seen:
 @torch.no_grad()
 def observe(block, arguments):
     seen = {}
-    hooks = [layer.register_forward_pre_hook(lambda module, inputs, name=name: seen.__setitem__(name, Seen(inputs[0].clone())))
+    hooks = [layer.register_forward_pre_hook(lambda module, inputs,
+                                             name=name: seen.__setitem__(name, Seen(inputs[0].clone())))
              for name, layer in block.named_modules() if isinstance(layer, torch.nn.Linear)]
     outputs = block(*arguments)
     for hook in hooks:
@@ -153,22 +163,28 @@ def test_a_scaled_block_computes_the_same(method, heads, monkeypatch):
     block, arguments = make_block(*heads)
     seen, before = observe(block, arguments)
     weights = {name: parameter.clone() for name, parameter in block.named_parameters()}
-    monkeypatch.setattr(chapter7.scaling, "clipped", lambda weight, products, format: weight)   # it does change the weights
-    getattr(chapter7.scaling, method)(block, seen, Format(4, 32))
+    # It does change the weights.
+    monkeypatch.setattr(chapter7.awq_smoothquant, "clipped", lambda weight, products, format: weight)
+    getattr(chapter7.awq_smoothquant, method)(block, seen, Format(4, 32))
     after = observe(block, arguments)[1]
     assert (after - before).abs().max() < 1e-5 * before.abs().max(), (after - before).abs().max()
     same = [name for name, parameter in block.named_parameters() if torch.equal(parameter, weights[name])]
-    assert sorted(same) == ["self_attn.k_norm.weight", "self_attn.q_norm.weight"], same   # everything else had a part in it
+    # Everything else had a part in it.
+    assert sorted(same) == ["self_attn.k_norm.weight", "self_attn.q_norm.weight"], same
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_smoothquant_balances_inputs_and_weights(heads):
-    """Largest input / s = largest weight * s, as alpha = 1/2 wants it. Of heads that share s: in their geometric mean."""
+    """Largest input / s = largest weight * s, as alpha = 1/2 wants it.
+
+    Of heads that share s: in their geometric mean.
+    """
     block, arguments = make_block(*heads)
     seen, _ = observe(block, arguments)
-    largest = {names: torch.cat([block.get_submodule(name).weight for name in names]).abs().amax(0).double() for names in SHARED}
+    largest = {names: torch.cat([block.get_submodule(name).weight for name in names]).abs().amax(0).double()
+               for names in SHARED}
     first = {names[0]: block.get_submodule(names[0]).weight.double() for names in SHARED}
-    chapter7.scaling.smoothquant(block, seen, Format(8))
+    chapter7.awq_smoothquant.smoothquant(block, seen, Format(8))
     for names in SHARED:
         s = (block.get_submodule(names[0]).weight / first[names[0]]).median(0).values   # the same for every row
         ratio = (seen[names[0]].largest / s) / (largest[names] * s)
@@ -185,8 +201,9 @@ def factors_directly(x, weights, format, grid=20):
     for i in range(grid):
         s = x.abs().mean(0) ** (i / grid)
         candidates.append(s / (s.max() * s.min()).sqrt())
-        errors.append(sum(((x / candidates[-1]) @ rounded(weight * candidates[-1], format).T - x @ weight.T).square().sum().item()
-                          for weight in weights))
+        products = (((x / candidates[-1]) @ rounded(weight * candidates[-1], format).T, x @ weight.T)
+                    for weight in weights)
+        errors.append(sum((found - exact).square().sum().item() for found, exact in products))
     return candidates[errors.index(min(errors))], errors
 
 
@@ -194,8 +211,9 @@ def factors_directly(x, weights, format, grid=20):
 def test_awq_finds_what_a_search_with_all_inputs_finds(format):
     block, arguments = make_block(4, 4)
     seen, _ = observe(block, arguments)
-    before = {name: layer.weight.double() for name, layer in block.named_modules() if isinstance(layer, torch.nn.Linear)}
-    chapter7.scaling.awq(block, seen, format)
+    before = {name: layer.weight.double() for name, layer in block.named_modules()
+              if isinstance(layer, torch.nn.Linear)}
+    chapter7.awq_smoothquant.awq(block, seen, format)
     chosen, drawn_in = [], 0
     for names in SHARED:
         x = seen[names[0]].x.double()
@@ -218,7 +236,7 @@ def test_an_input_that_is_always_zero(method):
         block.mlp.up_proj.weight[5] = 0
         block.self_attn.o_proj.weight[:, 7] = 0
     seen, before = observe(block, arguments)
-    getattr(chapter7.scaling, method)(block, seen, Format(4, 32))
+    getattr(chapter7.awq_smoothquant, method)(block, seen, Format(4, 32))
     after = observe(block, arguments)[1]
     assert all(parameter.isfinite().all() for parameter in block.parameters())
     assert method == "awq" or (after - before).abs().max() < 1e-5 * before.abs().max()

@@ -2,10 +2,12 @@
 
     KILLS=1000 pytest tests/test_kills.py        so many in all, over all chapters; a handful if not given
 
-A process is killed at its n-th operation on a file below its folder (Python's audit events name them all), or some milliseconds
-later: then in the middle of a step, or of what Rust writes without telling Python. n is drawn, so that start-up, loading, steps,
-saving, exporting and the end all get their share. What must hold after each kill and at the end is in check() and the tests.
+A process is killed at its n-th operation on a file below its folder (Python's audit events name them all), or some
+milliseconds later: then in the middle of a step, or of what Rust writes without telling Python. n is drawn, so that
+start-up, loading, steps, saving, exporting and the end all get their share. What must hold after each kill and at the
+end is in check() and the tests.
 """
+import argparse
 import collections
 import itertools
 import json
@@ -42,13 +44,16 @@ def make_small(patch, chapter):
 
 
 def arm(folder, log, n, delay):
-    """Have this process note its operations on files below the folder in a log, and be killed at the n-th, `delay` seconds later."""
+    """Have this process note its operations on files below the folder in a log, and be killed at the n-th, `delay`
+    seconds later.
+    """
     notes, count = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), itertools.count(1)
 
     def watch(event, arguments):
         if not event.startswith(("open", "os.", "shutil.")) or not arguments:
             return
-        path, inside = arguments[0], isinstance(arguments[-1], int) and arguments[-1] > 0 and event in ("os.remove", "os.rmdir")
+        path, inside = arguments[0], isinstance(arguments[-1],
+                                                int) and arguments[-1] > 0 and event in ("os.remove", "os.rmdir")
         if not inside:   # else it is shutil.rmtree's, which names a file by its folder's number
             inside = isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(str(folder))
         if inside:
@@ -71,19 +76,25 @@ def main(folder, log, n, delay, name, script, *arguments):
 
 
 class Victim:
-    """A script, run and killed again and again. counts: {phase: kills}; the operations of a run: to be known beforehand."""
+    """A script, run and killed again and again. counts: {phase: kills}; the operations of a run: to be known
+    beforehand.
+    """
 
     def __init__(self, folder, chapter, script, seed):
         self.folder, self.chapter, self.script = folder, chapter, script   # folder: where the script writes
-        self.dice, self.counts, self.number = random.Random(seed), collections.Counter(), 0
+        self.rng, self.counts, self.number = random.Random(seed), collections.Counter(), 0
         self.files = folder.parent / f"{script}-log", folder.parent / "output", folder.parent / "error"
 
     def kill(self, limit, *arguments, longest=0.05):
-        """Run it and kill it at one of its first `limit` operations. Returns whether it was killed; else it came to its end."""
+        """Run it and kill it at one of its first `limit` operations.
+
+        Returns whether it was killed; else it came to its end.
+        """
         log, *output = self.files
         log.unlink(missing_ok=True)
-        delay = self.dice.choice([0, 0, self.dice.uniform(0, 0.003), self.dice.uniform(0, longest)])
-        process = warm.start(__file__, self.folder, log, self.dice.randint(1, limit), delay, self.chapter.folder.name, self.script,
+        delay = self.rng.choice([0, 0, self.rng.uniform(0, 0.003), self.rng.uniform(0, longest)])
+        process = warm.start(__file__, self.folder, log, self.rng.randint(1, limit), delay,
+                             self.chapter.folder.name, self.script,
                              *arguments, output=output, cwd=Path(__file__).parent)
         process.join(200)
         assert process.exitcode in (0, -signal.SIGKILL, -signal.SIGALRM), (process.exitcode, output[1].read_text())
@@ -95,7 +106,8 @@ class Victim:
         """How many operations on files a run has that nobody kills."""
         log, *output = self.files
         log.unlink(missing_ok=True)
-        process = warm.start(__file__, self.folder, log, 0, 0, self.chapter.folder.name, self.script, *arguments, output=output,
+        process = warm.start(__file__, self.folder, log, 0, 0, self.chapter.folder.name, self.script, *arguments,
+                             output=output,
                              cwd=Path(__file__).parent)
         process.join(200)
         assert process.exitcode == 0, output[1].read_text()
@@ -118,15 +130,20 @@ def phase(folder, script, lines, delay):
 
 # ------------------------------------------------------------------------------------------- what must hold
 
-INSIDE = ("checkpoint.tmp/model.safetensors", "checkpoint.old", "model.tmp/config.json", "config.json.tmp", "model.safetensors.tmp",
+INSIDE = ("checkpoint.tmp/model.safetensors", "checkpoint.old", "model.tmp/config.json", "config.json.tmp",
+          "model.safetensors.tmp",
           "tokenizer.json.tmp", "probe.tmp", "checkpoint.bak/state.json", "tensorboard/notes.txt", "notes.old")
 
 
 def plant(out, inside=()):
-    """Files of somebody else, in a folder and beside it, with names that a program may take for its own: {path: what it holds}."""
-    beside = (f"{out.name}.tmp/config.json", f"{out.name}.old/model.safetensors", f"{out.name}.bak", f"{out.name[:-1]}", "model.safetensors",
+    """Files of somebody else, in a folder and beside it, with names that a program may take for its own: {path: what it
+    holds}.
+    """
+    beside = (f"{out.name}.tmp/config.json", f"{out.name}.old/model.safetensors", f"{out.name}.bak",
+              f"{out.name[:-1]}", "model.safetensors",
               "Qwen3-0.old/config.json", "Qwen3-0.tmp")   # the last two: of Qwen3-0.6B without its suffix
-    strangers = {path: f"somebody's {path.name}".encode() for path in [out / name for name in inside] + [out.parent / name for name in beside]}
+    strangers = {path: f"somebody's {path.name}".encode() for path in [out / name for name in inside]
+                 + [out.parent / name for name in beside]}
     for path, content in strangers.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -158,7 +175,8 @@ def same_model(chapter, folder, other):
     for name in chapter.checkpoint.MODEL_FILES:
         if name.endswith(".json"):
             assert (folder / name).read_bytes() == (other / name).read_bytes(), name
-    (first, header), (second, other_header) = tensors(folder / "model.safetensors"), tensors(other / "model.safetensors")
+    first, header = tensors(folder / "model.safetensors")
+    second, other_header = tensors(other / "model.safetensors")
     same(first, second)
     assert header == other_header
 
@@ -168,15 +186,18 @@ def saved_step(chapter, out):
     folder = chapter.checkpoint.complete_checkpoint(out)
     if not folder:
         return -1
-    if hasattr(chapter, "sharded_checkpoint"):
-        chapter.sharded_checkpoint.gather_model(folder)
-        return chapter.sharded_checkpoint.read_state(folder)["step"]
+    if hasattr(chapter, "parallel"):
+        chapter.parallel.checkpoint.gather_model(folder)
+        return chapter.parallel.checkpoint.read_state(folder)["step"]
     model, _ = chapter.checkpoint.load_model(folder)
-    return chapter.checkpoint.load_training_state(folder, chapter.train.adamw(model, 1e-3))["step"]
+    settings = json.loads((folder / "state.json").read_text())["settings"]
+    budget = argparse.Namespace(steps=1, minutes=None, learning_rate=1e-3)
+    return chapter.training_state.load_training_state(folder, chapter.make_optimizer(model), settings, budget)["step"]
 
 
 def check(chapter, out, before, origins):
-    """After a kill. before: the step saved at the kill before; origins: finished runs of which the files beside the checkpoint may be.
+    """After a kill. before: the step saved at the kill before; origins: finished runs of which the files beside the
+    checkpoint may be.
 
     Returns the step that is saved now.
     """
@@ -207,7 +228,9 @@ def other_text(tmp_path_factory):
 
 
 def test_training(chapter, text_file, other_text, tmp_path, monkeypatch, record_property):
-    """Runs that are killed several times, in a new folder or in that of another model, end as the one that nobody kills."""
+    """Runs that are killed several times, in a new folder or in that of another model, end as the one that nobody
+    kills.
+    """
     make_small(monkeypatch, chapter)
     kills, victims = share(9, 2), []
     options = FLAGS.get(chapter.folder.name, [[]])
@@ -215,7 +238,8 @@ def test_training(chapter, text_file, other_text, tmp_path, monkeypatch, record_
         left = kills - sum(victim.counts.total() for victim in victims)
         if left <= 0:
             break
-        flags = ["--data", text_file, *chapter.quick, *options[episode % len(options)], "--steps", STEPS, "--save-every", 1]
+        flags = ["--data", text_file, *chapter.quick, *options[episode % len(options)], "--steps", STEPS,
+                 "--save-every", 1]
         whole = tmp_path / f"whole{episode % len(options)}"
         if not whole.exists():
             run_here(chapter.train, *flags, "--out", whole)
@@ -250,7 +274,8 @@ def test_training(chapter, text_file, other_text, tmp_path, monkeypatch, record_
 
 
 def saved_tensors(out):
-    return {name: value for path in (out / "checkpoint").glob("*.safetensors") for name, value in load_file(path).items()}
+    return {name: value for path in (out / "checkpoint").glob("*.safetensors")
+            for name, value in load_file(path).items()}
 
 
 def saved_data(chapter, out):
@@ -265,7 +290,7 @@ def record(record_property, chapter, script, victims):
     record_property("kills", (f"{chapter.folder.name} {script}", dict(counts)))
 
 
-# ------------------------------------------------------------------------------------------- quantize.py and generate.py
+# ------------------------------------------------------------------------------------------ quantize.py and generate.py
 
 METHODS = [["int8"], ["int4-gptq", "--group", 16], ["int8-outliers"], ["int4-awq", "--group", 16]]
 
@@ -276,7 +301,8 @@ def test_quantizing(text_file, tmp_path, monkeypatch, record_property):
     make_small(monkeypatch, chapter)
     source = tmp_path / "source"
     run_here(chapter.train, "--data", text_file, *chapter.quick, "--steps", 1, "--out", source)
-    flags = [["--checkpoint", source, "--data", text_file, "--calibration-tokens", 300, "--method", *method] for method in METHODS]
+    flags = [["--checkpoint", source, "--data", text_file, "--calibration-tokens", 300, "--method", *method]
+             for method in METHODS]
     whole = [tmp_path / f"whole{i}" for i in range(len(flags))]
     for command, folder in zip(flags, whole):
         run_here(chapter.quantize, *command, "--out", folder)
@@ -293,11 +319,14 @@ def test_quantizing(text_file, tmp_path, monkeypatch, record_property):
         strangers = plant(out)
         victim = Victim(out, chapter, "quantize", f"quantize {episode}")
         victims.append(victim)
-        limit = Victim(out.with_name("count"), chapter, "quantize", 0).operations(*flags[chosen], "--out", out.with_name("count"))
+        counted = out.with_name("count")
+        limit = Victim(counted, chapter, "quantize", 0).operations(*flags[chosen], "--out", counted)
         for _ in range(min(left, 6)):
             killed = victim.kill(limit, *flags[chosen], "--out", out, longest=0.5)
-            found = [folder for folder in [whole[chosen]] + [whole[earlier]] * replaces if is_same_model(chapter, out, folder)]
-            assert found or not (out / "model.safetensors").exists(), f"{out} holds neither model: {contents(out).keys()}"
+            found = [folder for folder in [whole[chosen]] + [whole[earlier]] * replaces
+                     if is_same_model(chapter, out, folder)]
+            assert found or not (out
+                                 / "model.safetensors").exists(), f"{out} holds neither model: {contents(out).keys()}"
             untouched(strangers | before)
             if not killed:
                 break
@@ -360,9 +389,11 @@ def test_ranks(name, torchrun, text_file, tmp_path, record_property, monkeypatch
         victim, strangers = Victim(out, chapter, "train", f"{name} {episode}"), plant(out, INSIDE)
         victims.append(victim)
         # A save is some forty operations of rank 0, and one of rank 1.
-        plan = [(rank, victim.dice.randint(1, (60, 2)[rank]), victim.dice.choice([0, victim.dice.uniform(0, (0.05, 0.3)[rank])]))
-                for rank in victim.dice.choices([0, 1], k=6)]
-        runs.append(torchrun(2, *flags, "--out", out, "--resume", restarts=len(plan), broken=ARMED.format(victims=plan, out=str(out))))
+        plan = [(rank, victim.rng.randint(1, (60, 2)[rank]),
+                 victim.rng.choice([0, victim.rng.uniform(0, (0.05, 0.3)[rank])]))
+                for rank in victim.rng.choices([0, 1], k=6)]
+        runs.append(torchrun(2, *flags, "--out", out, "--resume", restarts=len(plan),
+                             broken=ARMED.format(victims=plan, out=str(out))))
         for run in runs:
             run.process.join(900)   # six starts more than the others have
             assert run.end() == 0, run.text(1)

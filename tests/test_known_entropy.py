@@ -11,10 +11,10 @@ NEXT = {"": "abcd", "a": "aabc", "b": "cd", "c": "acd", "d": "abbbbbbb"}   # equ
 END = 0.05                                                                # probability that a document ends here
 
 
-def make_document(dice):
-    text = dice.choice(NEXT[""])
-    while dice.random() > END:
-        text += dice.choice(NEXT[text[-1]])
+def make_document(rng):
+    text = rng.choice(NEXT[""])
+    while rng.random() > END:
+        text += rng.choice(NEXT[text[-1]])
     return text
 
 
@@ -28,11 +28,12 @@ def true_nats(document):
 
 def test_no_score_below_the_entropy_and_a_trained_model_near_it(chapter):
     train = chapter.train
-    dice = random.Random(0)
-    train_documents, val_documents = ([make_document(dice) for _ in range(n)] for n in (2000, 500))
+    rng = random.Random(0)
+    train_documents, val_documents = ([make_document(rng) for _ in range(n)] for n in (2000, 500))
     floor = sum(map(true_nats, val_documents)) / math.log(2) / chapter.data.num_bytes(val_documents)
 
-    # The floor holds for tokens of several letters too: a text has one tokenization, and all texts together probability 1.
+    # The floor holds for tokens of several letters too: a text has one tokenization, and all texts together probability
+    # 1.
     tokenizer = chapter.make_tokenizer(train_documents, vocab_size=264)
     model = chapter.make_model(tokenizer, max_position_embeddings=32)
     optimizer = train.adamw(model, 1e-2)

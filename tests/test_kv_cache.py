@@ -1,4 +1,6 @@
-"""Chapter 5 on: what the cache remembers never changes an answer, whatever is paged, chunked, shared, forked or preempted."""
+"""Chapter 5 on: what the cache remembers never changes an answer, whatever is paged, chunked, shared, forked or
+preempted.
+"""
 import copy
 import itertools
 import json
@@ -39,7 +41,8 @@ class Words:
 def model(chapter):
     torch.manual_seed(0)
     config = chapter.model.ModelConfig(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                                       num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=128)
+                                       num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                                       max_position_embeddings=128)
     model = chapter.model.Transformer(config)
     for parameter in model.parameters():   # far from the tiny first values: scores that differ clearly
         if parameter.dim() == 2:
@@ -68,11 +71,12 @@ def greedy(model, prompt, n):
 
 
 def make_engine(chapter, model, **settings):
-    return chapter.engine.Engine(model, Words(), **{"num_blocks": 64, "block_size": 4, "max_tokens": 64, "max_sequences": 8, **settings})
+    return chapter.engine.Engine(model, Words(), **{"num_blocks": 64, "block_size": 4, "max_tokens": 64,
+                                                    "max_sequences": 8, **settings})
 
 
 def greedy_sampling(chapter):
-    return chapter.generate.Sampling(temperature=0)
+    return chapter.sampling.Sampling(temperature=0)
 
 
 def finish(engine, limit=3000):
@@ -142,7 +146,8 @@ def test_what_a_cache_holds_in_bytes(chapter):
 
 def test_hashes_depend_on_all_tokens_before(chapter):
     pool = chapter.kv_cache.BlockPool(8, 4)
-    first, second = list(pool.block_hashes([1, 2, 3, 4, 5, 6, 7, 8, 9])), list(pool.block_hashes([0, 2, 3, 4, 5, 6, 7, 8]))
+    first = list(pool.block_hashes([1, 2, 3, 4, 5, 6, 7, 8, 9]))
+    second = list(pool.block_hashes([0, 2, 3, 4, 5, 6, 7, 8]))
     assert len(first) == 2 and len(second) == 2 and not set(first) & set(second)
     assert first == list(pool.block_hashes([1, 2, 3, 4, 5, 6, 7, 8]))
 
@@ -166,7 +171,7 @@ def test_generate_equals_greedy(chapter, model, cached):
     prompts = [text(n, seed=n) for n in (1, 9, 30, 4)]
     sampling = greedy_sampling(chapter)
     answers = [[] for _ in prompts]
-    for step in chapter.generate.generate_batch(model, Words(), prompts, 20, sampling, cached):
+    for step in chapter.static_batching.generate_batch(model, Words(), prompts, 20, sampling, cached):
         for row, token in step.items():
             answers[row].append(token)
     for prompt, answer in zip(prompts, answers):
@@ -179,7 +184,8 @@ def test_generate_equals_greedy(chapter, model, cached):
 
 def test_cached_equals_uncached_past_the_end_of_a_text_and_of_the_positions(chapter, model, monkeypatch):
     """Random choices, an empty context after each end of text, and a text longer than the model has positions."""
-    a, b = (list(chapter.generate.generate(model, Words(), text(5), 300, cached, temperature=3.0, seed=5)) for cached in (True, False))
+    a, b = (list(chapter.generate.generate(model, Words(), text(5), 300, cached, temperature=3.0, seed=5))
+            for cached in (True, False))
     assert a == b and Words.end_of_text in a   # so hot that the end of a text comes up
     monkeypatch.setattr(model.config, "max_position_embeddings", 16)
     a, b = (list(chapter.generate.generate(model, Words(), text(5), 60, cached, seed=1)) for cached in (True, False))
@@ -188,7 +194,8 @@ def test_cached_equals_uncached_past_the_end_of_a_text_and_of_the_positions(chap
 
 def test_equal_to_transformers_generate(chapter, model):
     config = {name: value for name, value in vars(model.config).items() if name not in ("rope_theta", "eos_token_id")}
-    reference = Qwen3ForCausalLM(Qwen3Config(**config, rope_parameters={"rope_type": "default", "rope_theta": model.config.rope_theta}))
+    rope = {"rope_type": "default", "rope_theta": model.config.rope_theta}
+    reference = Qwen3ForCausalLM(Qwen3Config(**config, rope_parameters=rope))
     reference.load_state_dict(model.state_dict())
     prompt = text(10, seed=3)
     expected = reference.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0,
@@ -203,7 +210,8 @@ def test_equal_to_transformers_generate(chapter, model):
 
 @pytest.mark.parametrize("settings_", [
     {}, {"max_tokens": 5}, {"max_tokens": 1}, {"max_sequences": 1}, {"max_sequences": 2, "block_size": 16},
-    {"num_blocks": 16}, {"num_blocks": 13, "max_tokens": 7}, {"num_blocks": 13, "prefix_cache": False}, {"block_size": 1, "num_blocks": 60}],
+    {"num_blocks": 16}, {"num_blocks": 13, "max_tokens": 7}, {"num_blocks": 13, "prefix_cache": False},
+    {"block_size": 1, "num_blocks": 60}],
     ids=str)
 def test_every_answer_is_what_its_prompt_alone_gets(chapter, model, settings_):
     """Chunked prefill, ragged batches, few sequences at a time, and so few blocks that sequences are preempted."""
@@ -223,8 +231,10 @@ def test_a_known_prefix_is_not_computed_again(chapter, model, monkeypatch):
     engine = make_engine(chapter, model)
     system = text(20, seed=1)
     computed, place = [], engine.cache.place
-    monkeypatch.setattr(engine.cache, "place", lambda tables, lengths, counts: computed.append(sum(counts)) or place(tables, lengths, counts))
-    for prompt, first_step in ((system, 20), (system, 4), (system + [5, 6, 7], 3), (system[:9] + [1], 2), ([7] + system, 21)):
+    monkeypatch.setattr(engine.cache, "place", lambda tables, lengths, counts: computed.append(sum(counts))
+                        or place(tables, lengths, counts))
+    for prompt, first_step in ((system, 20), (system, 4), (system + [5, 6, 7], 3), (system[:9] + [1], 2),
+                               ([7] + system, 21)):
         computed.clear()
         sequence = engine.add(prompt, 5, greedy_sampling(chapter))
         finish(engine)
@@ -251,7 +261,7 @@ def test_a_block_given_to_another_is_no_longer_found(chapter, model):
 @pytest.mark.parametrize("num_blocks", [64, 14])
 def test_samples_of_one_prompt_share_its_blocks_and_not_their_fate(chapter, model, num_blocks):
     """The last block is shared while it is not full: who writes first gets a copy. A fork's answer is reproducible."""
-    prompt, sampling = text(18, seed=2), chapter.generate.Sampling(temperature=1.0, seed=3)
+    prompt, sampling = text(18, seed=2), chapter.sampling.Sampling(temperature=1.0, seed=3)
 
     def answers(**settings_):
         engine = make_engine(chapter, model, **settings_)
@@ -260,7 +270,8 @@ def test_samples_of_one_prompt_share_its_blocks_and_not_their_fate(chapter, mode
         tables = [sequence.table for sequence in engine.scheduler.running]
         assert len(tables) == 4 and all(table[:4] == tables[0][:4] for table in tables)
         ended = finish(engine)
-        assert len(ended) == 4 and (sum(sequence.preemptions for sequence in ended) > 0) == (settings_["num_blocks"] < 20)
+        assert len(ended) == 4 and (sum(sequence.preemptions
+                                        for sequence in ended) > 0) == (settings_["num_blocks"] < 20)
         return {sequence.number: sequence.answer for sequence in ended}
     few, many = answers(num_blocks=num_blocks), answers(num_blocks=60, max_tokens=32)
     assert few == many and len(set(map(tuple, few.values()))) == 4
@@ -276,7 +287,7 @@ def test_greedy_forks_all_give_the_same(chapter, model):
 
 
 def test_sampling_is_the_same_in_company(chapter, model):
-    sampling = chapter.generate.Sampling(temperature=1.0, top_p=0.9, seed=11)
+    sampling = chapter.sampling.Sampling(temperature=1.0, top_p=0.9, seed=11)
     alone = list(chapter.generate.generate(model, Words(), text(7), 20, **vars(sampling)))
     engine = make_engine(chapter, model, max_tokens=9)
     sequence = engine.add(text(7), 20, sampling)
@@ -311,7 +322,9 @@ def test_stop_texts_end_tokens_and_lengths(chapter, model):
 
 
 class Interrupted:
-    """An engine's step() that Ctrl-C ends at every line of the chapter's code, once at each of a line's first three times in a step."""
+    """An engine's step() that Ctrl-C ends at every line of the chapter's code, once at each of a line's first three
+    times in a step.
+    """
 
     def __init__(self, chapter):
         self.folder, self.points = str(chapter.folder), set()
@@ -343,10 +356,13 @@ class Interrupted:
 
 
 def check_interrupted(chapter, make_engine, sampling):
-    """Requests with samples, a shared beginning, chunks and preemptions, with and without interruptions: the same answers."""
+    """Requests with samples, a shared beginning, chunks and preemptions, with and without interruptions: the same
+    answers.
+    """
     def run(engine, step):
         answers, shared = {}, text(9, seed=3)
-        for prompt, new, samples in ((text(25, seed=1), 9, 1), (shared, 8, 3), (shared + [5], 6, 1), (shared + [6, 7], 6, 1), (text(3), 6, 1)):
+        for prompt, new, samples in ((text(25, seed=1), 9, 1), (shared, 8, 3), (shared + [5], 6, 1),
+                                     (shared + [6, 7], 6, 1), (text(3), 6, 1)):
             engine.add(prompt, new, sampling, samples=samples)
         while engine.busy():
             queue = [*engine.scheduler.running, *engine.scheduler.waiting]
@@ -354,7 +370,8 @@ def check_interrupted(chapter, make_engine, sampling):
             answered = step(engine)
             check_laws(engine)
             if answered is None:
-                assert [len(sequence.tokens) for sequence in queue] == lengths and not any(sequence.finished for sequence in queue)
+                assert [len(sequence.tokens) for sequence in queue] == lengths
+                assert not any(sequence.finished for sequence in queue)
                 assert [*engine.scheduler.running, *engine.scheduler.waiting] == queue
             for sequence, token in answered or ():
                 answers.setdefault((tuple(sequence.tokens[:sequence.prompt_length]), sequence.number), []).append(token)
@@ -366,7 +383,7 @@ def check_interrupted(chapter, make_engine, sampling):
 
 def test_an_interrupted_step_has_not_been(chapter, model):
     check_interrupted(chapter, lambda: make_engine(chapter, model, num_blocks=14, max_tokens=16),
-                      chapter.generate.Sampling(temperature=1.0, seed=5))
+                      chapter.sampling.Sampling(temperature=1.0, seed=5))
 
 
 def spoil_a_step(engine, monkeypatch):
@@ -403,21 +420,25 @@ NUMBERS = [np.array, torch.tensor, lambda ids: [np.int64(i) for i in ids], lambd
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_prompts_of_any_integers(chapter, model, kind):
     engine, prompt = make_engine(chapter, model), text(6)
-    sequences = [engine.add(kind(prompt), np.int64(5), greedy_sampling(chapter), samples=torch.tensor(1), end_tokens=kind([V - 1, V - 2])),
+    sequences = [engine.add(kind(prompt), np.int64(5), greedy_sampling(chapter), samples=torch.tensor(1),
+                            end_tokens=kind([V - 1, V - 2])),
                  engine.add(prompt, 5, greedy_sampling(chapter))]
     finish(engine)
     assert [sequence.answer for sequence in sequences] == 2 * [greedy(model, prompt, 5)]
     assert {type(token) for token in sequences[0].tokens} == {int}
-    answer = list(chapter.generate.generate(model, Words(), kind(prompt), np.int64(5), temperature=np.float32(0), seed=np.int64(3)))
+    answer = list(chapter.generate.generate(model, Words(), kind(prompt), np.int64(5), temperature=np.float32(0),
+                                            seed=np.int64(3)))
     assert answer[:3] == greedy(model, prompt, 5)[:3]
 
 
 def test_what_would_trip_a_step_is_refused_where_it_enters(chapter, model):
     """One line, and the engine goes on with the others."""
-    refused, engine = chapter.errors.InputError, make_engine(chapter, model)
+    refused, engine = chapter.cli.InputError, make_engine(chapter, model)
     good = engine.add(text(6), 5, greedy_sampling(chapter))
-    prompts = [[True], [1.0], [None], ["a"], "abc", None, 5, [], [V], [-1], [[1]], [2 ** 70], np.array([1.5]), np.array([[1]]), np.array(5),
-               torch.tensor([True]), torch.tensor([[1], [2]]), torch.tensor(5), torch.tensor([]), np.array([]), [torch.tensor([1])],
+    prompts = [[True], [1.0], [None], ["a"], "abc", None, 5, [], [V], [-1], [[1]], [2 ** 70], np.array([1.5]),
+               np.array([[1]]), np.array(5),
+               torch.tensor([True]), torch.tensor([[1], [2]]), torch.tensor(5), torch.tensor([]), np.array([]),
+               [torch.tensor([1])],
                [np.bool_(True)], [float("nan")]]
     for prompt in prompts:
         with pytest.raises(refused):
@@ -434,7 +455,8 @@ def test_what_would_trip_a_step_is_refused_where_it_enters(chapter, model):
         for name in ("num_blocks", "block_size", "max_tokens", "max_sequences"):
             with pytest.raises(refused, match=name):
                 make_engine(chapter, model, **{name: number})
-    for others in ({"stop": ("",)}, {"stop": (5,)}, {"stop": ""}, {"end_tokens": 5}, {"end_tokens": [[1]]}, {"end_tokens": ["a"]}):
+    for others in ({"stop": ("",)}, {"stop": (5,)}, {"stop": ""}, {"end_tokens": 5}, {"end_tokens": [[1]]},
+                   {"end_tokens": ["a"]}):
         with pytest.raises(refused):
             engine.add([1], 3, **others)
     finish(engine)
@@ -450,14 +472,15 @@ def test_a_stop_text_may_stand_alone(chapter, model):
 
 def test_what_can_never_fit_is_refused(chapter, model):
     engine = make_engine(chapter, model, num_blocks=4)
-    for prompt, new, others in (([], 3, {}), (text(10), 7, {}), (text(100), 100, {}), (text(5), 0, {}), ([5, V], 3, {}), ([-1], 3, {}),
+    for prompt, new, others in (([], 3, {}), (text(10), 7, {}), (text(100), 100, {}), (text(5), 0, {}),
+                                ([5, V], 3, {}), ([-1], 3, {}),
                                 (text(5), 3, {"stop": ("",)}), (text(5), 3, {"samples": 0})):
-        with pytest.raises(chapter.errors.InputError):
+        with pytest.raises(chapter.cli.InputError):
             engine.add(prompt, new, **others)
     assert not engine.busy() and engine.step() == []
     for wrong in ({"temperature": -1}, {"top_p": 0}, {"min_p": 1e-40}, {"repetition_penalty": 0}):
-        with pytest.raises(chapter.errors.InputError):
-            chapter.generate.Sampling(**wrong)
+        with pytest.raises(chapter.cli.InputError):
+            chapter.sampling.Sampling(**wrong)
     engine.add(text(10), 6)
     finish(engine)
 
@@ -476,7 +499,8 @@ def test_scores_that_are_no_numbers_end_one_answer_and_spoil_no_other(chapter, m
     later = [engine.add(text(n, seed=1), 5, greedy_sampling(chapter)) for n in (3, 9)]
     finish(engine)
     assert [sequence.answer for sequence in later] == [greedy(broken, text(n, seed=1), 5) for n in (3, 9)]
-    # Nor of a text that runs on and shares its first blocks, nor of shorter ones beside it, while its prompt is computed in chunks.
+    # Nor of a text that runs on and shares its first blocks, nor of shorter ones beside it, while its prompt is
+    # computed in chunks.
     engine, beginning = make_engine(chapter, broken, num_blocks=40, max_tokens=8), text(9, seed=2)
     good = [engine.add(prompt, 12, greedy_sampling(chapter)) for prompt in (beginning, [1, 2, 3])]
     for _ in range(4):
@@ -522,11 +546,14 @@ def test_nobody_stops_for_the_prompt_of_another(chapter, model):
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_schedule(chapter, model, data):
-    """Requests, forks and cancellations at any time, in caches of any size: nothing leaks, everyone gets his own answer."""
+    """Requests, forks and cancellations at any time, in caches of any size: nothing leaks, everyone gets his own
+    answer.
+    """
     block_size = data.draw(st.sampled_from([1, 2, 4, 8]))
     tokens = data.draw(st.integers(32, 80))
     engine = make_engine(chapter, model, num_blocks=-(-tokens // block_size), block_size=block_size,
-                         max_tokens=data.draw(st.sampled_from([1, 3, 8, 40])), max_sequences=data.draw(st.integers(1, 5)),
+                         max_tokens=data.draw(st.sampled_from([1, 3, 8, 40])),
+                         max_sequences=data.draw(st.integers(1, 5)),
                          prefix_cache=data.draw(st.booleans()))
     asked, step, seen = [], engine.step, {}
 
@@ -538,7 +565,8 @@ def test_any_schedule(chapter, model, data):
     for _ in range(data.draw(st.integers(1, 7))):
         prompt = text(data.draw(st.integers(1, 20)), seed=data.draw(st.integers(0, 1)))   # many begin alike
         samples = data.draw(st.integers(1, 3))
-        asked.append((prompt, engine.add(prompt, data.draw(st.integers(1, 10)), greedy_sampling(chapter), samples=samples), samples))
+        asked.append((prompt, engine.add(prompt, data.draw(st.integers(1, 10)), greedy_sampling(chapter),
+                                         samples=samples), samples))
         for _ in range(data.draw(st.integers(0, 4))):
             if engine.busy():
                 engine.step()
@@ -549,7 +577,8 @@ def test_any_schedule(chapter, model, data):
     finish(engine)
     assert len(engine.scheduler.pool.free) == engine.scheduler.pool.num_blocks
     for prompt, sequence, samples in asked:
-        assert sequence.finished == "cancelled" or sum(other.tokens[:len(prompt)] == prompt for other in seen) >= samples
+        assert sequence.finished == "cancelled" or sum(other.tokens[:len(prompt)] == prompt
+                                                       for other in seen) >= samples
     for sequence in {**seen, **dict.fromkeys(sequence for _, sequence, _ in asked)}:   # the forks too
         expected = greedy(model, sequence.tokens[:sequence.prompt_length], sequence.max_new_tokens)
         assert sequence.finished
@@ -588,11 +617,11 @@ def trained_cached(chapter, text_file, tmp_path_factory):
 
 def test_min_p_and_repetition_penalty(chapter):
     logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
-    dice = torch.Generator().manual_seed(0)
-    drawn = {chapter.generate.sample(logits.clone(), 1.0, None, None, dice, min_p=0.5) for _ in range(500)}
+    rng = torch.Generator().manual_seed(0)
+    drawn = {chapter.sampling.sample(logits.clone(), 1.0, None, None, rng, min_p=0.5) for _ in range(500)}
     assert drawn == {1, 3}
     scores = torch.tensor([2.0, -2.0, 1.0])
-    chapter.generate.penalize(scores, [0, 1, 1], 2.0)
+    chapter.sampling.penalize(scores, [0, 1, 1], 2.0)
     assert scores.tolist() == [1.0, -4.0, 1.0]
 
 
@@ -603,14 +632,15 @@ has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++")))
 
 @has_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_few_rows_compute_what_linear_does(chapter, dtype):
+def test_small_batches_compute_what_linear_does(chapter, dtype):
     """All ways, for numbers of rows on both sides of every threshold."""
-    few_rows, generator = chapter.few_rows, torch.Generator().manual_seed(0)
+    small_batch_matmul, generator = chapter.small_batch_matmul, torch.Generator().manual_seed(0)
     weight = torch.randn(36, 192, generator=generator).to(dtype)
     for rows in (*range(1, 12), 40):
         x = torch.randn(rows, 192, generator=generator).to(dtype)
         expected = x.double() @ weight.double().T
-        for way in (few_rows.linear, few_rows.weights_first, few_rows.in_float32, few_rows.kernel()):
+        for way in (small_batch_matmul.linear, small_batch_matmul.weights_first, small_batch_matmul.in_float32,
+                    small_batch_matmul.kernel()):
             found = way(x, weight)
             assert found.dtype == dtype and found.shape == (rows, 36) and found.is_contiguous()
             error = ((found.double() - expected).abs() / (expected.abs() + 1)).max().item()
@@ -619,21 +649,23 @@ def test_few_rows_compute_what_linear_does(chapter, dtype):
 
 COMPILED = """
 import torch
-from few_rows import FewRowsByKernel, for_few_rows
-from generate import Sampling, generate_batch
+from sampling import Sampling
+from static_batching import generate_batch
 from model import ModelConfig, Transformer
+from small_batch_matmul import FewRowsByKernel, for_small_batches
 
 class Words:
     vocab_size, end_of_text, end_of_turn = 97, 96, 95
 
 def answers(model, forward=None):
     prompts = [list(range(5)), list(range(9, 18))]   # of different lengths
-    return [list(step.items()) for step in generate_batch(model, Words, prompts, 20, Sampling(temperature=0), True, forward)]
+    steps = generate_batch(model, Words, prompts, 20, Sampling(temperature=0), True, forward)
+    return [list(step.items()) for step in steps]
 
 torch.manual_seed(0)
 model = Transformer(ModelConfig(vocab_size=100, hidden_size=64, intermediate_size=128))
 plain = answers(model)
-for_few_rows(model, use_kernel=True)
+for_small_batches(model, use_kernel=True)
 assert type(model.lm_head) is FewRowsByKernel
 assert answers(model) == plain
 forward = torch.compile(model, fullgraph=True)
@@ -645,22 +677,24 @@ assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1   # all steps
 @has_compiler
 def test_compiled_decode_gives_the_same_tokens(chapter, compiled_kernels):
     """In a process of its own: the compiler looks modules up by their names."""
-    done = warm.run("-c", COMPILED, cwd=chapter.folder, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiled_kernels)})
+    done = warm.run("-c", COMPILED, cwd=chapter.folder, env=os.environ
+                    | {"TORCHINDUCTOR_CACHE_DIR": str(compiled_kernels)})
     assert done.returncode == 0, done.stderr
 
 
 def test_a_layer_that_does_not_fit_the_kernel_keeps_to_torch(chapter, monkeypatch):
-    monkeypatch.setattr(chapter.few_rows, "kernel", lambda: "the operator")
-    layers = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(60, 8, bias=False), torch.nn.Linear(64, 6, bias=False))
-    chapter.few_rows.for_few_rows(layers, use_kernel=True)
+    monkeypatch.setattr(chapter.small_batch_matmul, "kernel", lambda: "the operator")
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(60, 8, bias=False),
+                                 torch.nn.Linear(64, 6, bias=False))
+    chapter.small_batch_matmul.for_small_batches(layers, use_kernel=True)
     assert [hasattr(layer, "product") for layer in layers] == [True, False, False]
 
 
 @pytest.mark.parametrize("chapter", ["chapter-05-kv-cache"], indirect=True)   # the next one measures something else
 def test_benchmark_counts_what_it_says(chapter, monkeypatch, tmp_path, call):
     """Small and quick: every part runs and writes its table; the workloads are those that the docstrings describe."""
-    benchmark = chapter.benchmark
-    monkeypatch.setattr(chapter.report, "RESULTS", tmp_path)
+    benchmark = chapter.benchmark_serving
+    monkeypatch.setattr(chapter.results, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "FIGURES", tmp_path)
     config = chapter.model.CONFIGS["small"]
     trace = benchmark.nano_vllm(config, 50, 0.5)

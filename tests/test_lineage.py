@@ -25,9 +25,9 @@ def make_model(name, vocab_size=20, padding=19):
 
 @pytest.fixture(scope="module")
 def source():
-    """A Markov chain: tokenizer, training documents, validation documents, and the chain's own bits per byte on those."""
-    dice = random.Random(0)
-    train_documents, val_documents = ([make_document(dice) for _ in range(n)] for n in (2000, 500))
+    """A Markov chain: tokenizer, training and validation documents, and the chain's own bits per byte on the latter."""
+    rng = random.Random(0)
+    train_documents, val_documents = ([make_document(rng) for _ in range(n)] for n in (2000, 500))
     floor = sum(map(true_nats, val_documents)) / math.log(2) / chapter1.data.num_bytes(val_documents)
     return chapter1.data.CharTokenizer.train(train_documents), train_documents, val_documents, floor
 
@@ -114,7 +114,8 @@ def test_ngram_examples(source):
     end, pad = tokenizer.end_of_text, tokenizer.padding
     a, b, c = tokenizer.encode("abc")
     examples = ngram.make_examples(["ab", "bacabcc"], tokenizer)
-    assert examples[:3].tolist() == [[pad, pad, pad, pad, end, a], [pad, pad, pad, end, a, b], [pad, pad, end, a, b, end]]
+    assert examples[:3].tolist() == [[pad, pad, pad, pad, end, a], [pad, pad, pad, end, a, b],
+                                     [pad, pad, end, a, b, end]]
     assert examples[3].tolist() == [pad, pad, pad, pad, end, b]   # nothing of the document before
     assert examples[-1].tolist() == [c, a, b, c, c, end]
     assert len(examples) == 3 + 8

@@ -31,7 +31,7 @@ def test_script_runs_and_draws(name, figure, tmp_path, monkeypatch, capsys):
 
 
 def test_check_equal_fails_on_a_difference_and_on_nan(capsys):
-    check_equal = chapter1.checks.check_equal
+    check_equal = chapter1.assert_equal.check_equal
     check_equal("equal", torch.ones(2), torch.ones(2))
     for wrong in (torch.tensor([1.0, 1.1]), torch.tensor([1.0, math.nan])):
         with pytest.raises(AssertionError):

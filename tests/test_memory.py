@@ -9,13 +9,15 @@ from torch.profiler import ProfilerActivity, profile
 from chapters import TRAINED, load_chapter, run_here
 from test_precision import small_config
 
-pytestmark = pytest.mark.parametrize("chapter", [name for name in TRAINED if (load_chapter(name).folder / "memory.py").is_file()],
+pytestmark = pytest.mark.parametrize("chapter", [name for name in TRAINED
+                                                 if (load_chapter(name).folder / "memory.py").is_file()],
                                      indirect=True)
 
 
 def test_recomputing_runs_a_layer_twice_and_saves_memory(chapter):
     config = small_config(chapter, num_hidden_layers=8)
-    held = {choice: chapter.memory.held_by_a_step(config, 512, checkpointing=choice, fake=False) for choice in chapter.checkpointing.RUN}
+    held = {choice: chapter.memory.held_by_a_step(config, 512, checkpointing=choice, fake=False)
+            for choice in chapter.recompute.RUN}
     assert held["full"] < held["selective"] < held["none"], held
 
 
@@ -46,12 +48,14 @@ def test_held_counts_what_the_profiler_counts(chapter, tmp_path):
 def test_predicted_memory_is_within_five_percent(chapter, precision, checkpointing, accumulate):
     """In fake numbers for three layers of Qwen3 0.6B; in real ones for small models, whose peak is in other places.
 
-    Few tokens: gradients are more than activations. A large table, tied or not: it is all that counts. Many layers: it is not.
+    Few tokens: gradients are more than activations. A large table, tied or not: it is all that counts. Many layers: it
+    is not.
     """
     small, large = (chapter.model.CONFIGS[name] for name in ("small", "qwen3-0.6b"))
     for config, T, fake in [(replace(large, num_hidden_layers=3), 4096, True), (small, 128, False),
                             (replace(small, tie_word_embeddings=False), 16, False),
-                            (replace(small, vocab_size=8192), 64, False), (replace(small, vocab_size=256, num_hidden_layers=4), 300, False)]:
+                            (replace(small, vocab_size=8192), 64, False),
+                            (replace(small, vocab_size=256, num_hidden_layers=4), 300, False)]:
         predicted = chapter.memory.predict(config, T, precision, checkpointing, accumulate)["peak"]
         held = chapter.memory.held_by_a_step(config, T, precision, checkpointing, accumulate, fake=fake)
         assert predicted == pytest.approx(held, rel=0.05), (config, T, predicted / held)
@@ -75,7 +79,7 @@ def test_curves_of_rounded_weights(chapter, text_file, tmp_path, monkeypatch):
         moved = weight.mean().item() - 1
         assert moved == 0 if way.endswith("nearest") else moved == pytest.approx(0.2, abs=0.005), (way, moved)
     monkeypatch.setattr(curves, "FIGURES", tmp_path)
-    monkeypatch.setattr(chapter.report, "RESULTS", tmp_path)
+    monkeypatch.setattr(chapter.results, "RESULTS", tmp_path)
     monkeypatch.setitem(chapter.model.CONFIGS, "small", small_config(chapter, vocab_size=300))
     printed = run_here(curves, "--data", text_file, "--steps", 30)
     assert all(way in printed for way in curves.COLOURS) and (tmp_path / "rounding_curves.png").stat().st_size > 5_000

@@ -30,7 +30,8 @@ def reference_gpt2(model):
     """transformers' GPT-2 with the weights of ours."""
     c = model.config
     gpt2 = GPT2LMHeadModel(GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.max_position_embeddings, n_embd=c.hidden_size, n_layer=c.num_hidden_layers,
+        vocab_size=c.vocab_size, n_positions=c.max_position_embeddings, n_embd=c.hidden_size,
+        n_layer=c.num_hidden_layers,
         n_head=c.num_attention_heads, n_inner=c.intermediate_size, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
         tie_word_embeddings=c.tie_word_embeddings)).eval()
     ours, theirs = model.state_dict(), {}
@@ -134,7 +135,8 @@ def test_initialization():
     model = chapter1.model.Transformer(config)
     state = model.state_dict()
     for name, std in {"model.embed_tokens.weight": 1 / 16, "model.layers.0.self_attn.q_proj.weight": 0.02,
-                      "model.layers.3.mlp.down_proj.weight": 0.02 / 4, "model.layers.7.self_attn.o_proj.weight": 0.02 / 4}.items():
+                      "model.layers.3.mlp.down_proj.weight": 0.02 / 4,
+                      "model.layers.7.self_attn.o_proj.weight": 0.02 / 4}.items():
         assert state[name].std().item() == pytest.approx(std, rel=0.1), name
     assert state["model.norm.weight"].eq(1).all() and state["model.layers.0.mlp.up_proj.bias"].eq(0).all()
     assert model.lm_head.weight is model.model.embed_tokens.weight

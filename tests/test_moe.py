@@ -1,4 +1,6 @@
-"""Chapter 6: a layer of experts, equal to transformers' Qwen3Moe; on several ranks, equal to one process that has all of them."""
+"""Chapter 6: a layer of experts, equal to transformers' Qwen3Moe; on several ranks, equal to one process that has all
+of them.
+"""
 import json
 from dataclasses import replace
 
@@ -49,7 +51,8 @@ def gradients(model):
 def assert_same(ours, theirs, tolerance=1e-4):
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=tolerance,
+                                   msg=lambda m: f"{name}: {m}")
 
 
 # ------------------------------------------------------------------------------------------------ equal to transformers
@@ -66,7 +69,7 @@ def gradients_as_saved(reference, folder):
                                      dict(tie_word_embeddings=False)], ids=str)
 def test_logits_and_gradients_equal_transformers_and_folders_open_both_ways(tmp_path, changes):
     model = make_model(chapter6, **changes)
-    chapter6.model.save_pretrained(model, tmp_path / "ours")
+    chapter6.pretrained.save_pretrained(model, tmp_path / "ours")
     reference = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "ours")
     pack = make_pack(chapter6, (40,))
     ours = model(pack.input_ids, pack.position_ids, pack.cu_seqlens, pack.max_seqlen)
@@ -74,7 +77,7 @@ def test_logits_and_gradients_equal_transformers_and_folders_open_both_ways(tmp_
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
     reference.save_pretrained(tmp_path / "theirs")
-    again = chapter6.model.load_pretrained(tmp_path / "theirs")
+    again = chapter6.pretrained.load_pretrained(tmp_path / "theirs")
     assert vars(again.config) == vars(model.config)
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
 
@@ -87,22 +90,23 @@ def test_the_config_of_a_dense_model_does_not_mention_experts(tmp_path):
     """It stays what chapter 5 writes, to the byte."""
     written = []
     for name in ("chapter-05-kv-cache", "chapter-06-parallelism"):
-        model = load_chapter(name).model
-        model.save_pretrained(model.Transformer(model.ModelConfig(vocab_size=V)), tmp_path)
+        chapter = load_chapter(name)
+        chapter.pretrained.save_pretrained(chapter.model.Transformer(chapter.model.ModelConfig(vocab_size=V)), tmp_path)
         written.append((tmp_path / "config.json").read_text())
     assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(num_experts=0), "num_experts"), (dict(num_experts_per_tok=9), "num_experts_per_tok 9 is more than num_experts 8"),
+    (dict(num_experts=0), "num_experts"), (dict(num_experts_per_tok=9),
+                                           "num_experts_per_tok 9 is more than num_experts 8"),
     (dict(decoder_sparse_step=2), "decoder_sparse_step"), (dict(mlp_only_layers=[0]), "mlp_only_layers"),
     (dict(norm_topk_prob=None), "norm_topk_prob"), (dict(model_type="qwen3"), "6 missing tensors")], ids=str)
 def test_experts_that_this_model_does_not_know_are_named(tmp_path, changes, words):
-    chapter6.model.save_pretrained(make_model(chapter6), tmp_path)
+    chapter6.pretrained.save_pretrained(make_model(chapter6), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(chapter6.errors.InputError, match=words):
-        chapter6.model.load_pretrained(tmp_path)
+    with pytest.raises(chapter6.cli.InputError, match=words):
+        chapter6.pretrained.load_pretrained(tmp_path)
 
 
 def make_layer(**changes):
@@ -127,23 +131,24 @@ def test_the_balance_loss_equals_that_of_transformers():
     found, = torch.autograd.grad(trained.square().sum(), layer.gate.weight)
     torch.testing.assert_close(found - without, expected, atol=1e-4, rtol=1e-4)
 
-    layer.loss_scale = 0.1   # as where the loss is divided by ten: by chapter6.moe.scale_balance
+    layer.loss_scale = 0.1   # as where the loss is divided by ten: by chapter6.parallel.experts.scale_balance
     found, = torch.autograd.grad(0.1 * layer(x).square().sum(), layer.gate.weight)
     torch.testing.assert_close(found, 0.1 * (without + expected), atol=1e-4, rtol=1e-4)
     assert layer.load.sum() == T * K and torch.equal(layer.load, layer.route(x)[1].flatten().bincount(minlength=E))
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(num_experts_per_tok=E), dict(num_experts_per_tok=1), dict(num_experts=1, num_experts_per_tok=1)], ids=str)
+@pytest.mark.parametrize("changes", [dict(), dict(num_experts_per_tok=E), dict(num_experts_per_tok=1),
+                                     dict(num_experts=1, num_experts_per_tok=1)], ids=str)
 @pytest.mark.parametrize("targets", [39, 4])
 def test_the_whole_loss_of_several_layers_equals_that_of_transformers(tmp_path, changes, targets):
-    """Cross-entropy over the targets and, times the coefficient of config.json, the balance over all tokens and layers."""
+    """Cross-entropy over the targets and, times config.json's coefficient, the balance over all tokens and layers."""
     model = make_model(chapter6, num_hidden_layers=3, router_aux_loss_coef=0.5, **changes)
-    chapter6.model.save_pretrained(model, tmp_path / "ours")
+    chapter6.pretrained.save_pretrained(model, tmp_path / "ours")
     reference = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "ours", output_router_logits=True)
     pack = make_pack(chapter6, (40,))
     pack.targets[targets:] = -100   # the last token has no target there
     reference(pack.input_ids[None], labels=F.pad(pack.targets[:-1], (1, 0), value=-100)[None]).loss.backward()
-    chapter6.moe.scale_balance(model, 1 / 40)
+    chapter6.parallel.experts.scale_balance(model, 1 / 40)
     (loss_sum(model, pack) / targets).backward()
     assert_same(gradients(model), gradients_as_saved(reference, tmp_path / "gradients"), 1e-5)
 
@@ -153,35 +158,40 @@ def test_a_step_of_train_has_the_balance_of_all_its_tokens(tmp_path, monkeypatch
     """Packs of unequal size, of which one token in ten or so is a target: each pack's balance counts by its tokens."""
     chats = tmp_path / "chats.jsonl"
     chats.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": "a few words " * (3 + i)},
-                                                        {"role": "assistant", "content": "b" * (i % 3 + 1)}]}) for i in range(40)))
+                                                        {"role": "assistant", "content": "b" * (i % 3 + 1)}]})
+                                                        for i in range(40)))
     config = make_model(chapter6, router_aux_loss_coef=0.5).config
-    monkeypatch.setitem(chapter6.model.CONFIGS, "small-moe", replace(config, vocab_size=300, max_position_embeddings=200))
+    monkeypatch.setitem(chapter6.model.CONFIGS, "small-moe",
+                        replace(config, vocab_size=300, max_position_embeddings=200))
     found, clip, loss_sum = {}, torch.nn.utils.clip_grads_with_norm_, chapter6.train.loss_sum
 
-    def spy(model, batch, *rest):
+    def spy(model, batch):
         found.setdefault("packs", []).append((model, batch))
-        return loss_sum(model, batch, *rest)
+        return loss_sum(model, batch)
     monkeypatch.setattr(chapter6.train, "loss_sum", spy)
 
     def before_the_step(parameters, *rest):
         model = found["packs"][0][0]
-        found["gradients"], found["weights"] = gradients(model), {name: w.clone() for name, w in model.state_dict().items()}
+        found["gradients"] = gradients(model)
+        found["weights"] = {name: w.clone() for name, w in model.state_dict().items()}
         found["packs"] = [batch for _, batch in found["packs"]]
         monkeypatch.setattr(chapter6.train, "loss_sum", loss_sum)
         return clip(parameters, *rest)
     monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", before_the_step)
-    run_here(chapter6.train, "--config", "small-moe", "--data", chats, "--batch-tokens", 200, "--accumulate", 3, "--steps", 1,
+    run_here(chapter6.train, "--config", "small-moe", "--data", chats, "--batch-tokens", 200, "--accumulate",
+             3, "--steps", 1,
              "--precision", precision, "--out", tmp_path / "out")
 
     model = chapter6.checkpoint.load_model(tmp_path / "out")[0].eval()   # which adds no gradient of its own
     model.load_state_dict(found["weights"])
+    model.precision = precision
     targets = sum((pack.targets != -100).sum() for pack in found["packs"])
     tokens, loss, logits = sum(len(pack.targets) for pack in found["packs"]), 0, []
-    for layer in chapter6.moe.layers(model):
+    for layer in chapter6.parallel.experts.layers(model):
         layer.gate.register_forward_hook(lambda module, inputs, output: logits.append(output))
     for pack in found["packs"]:
         logits.clear()
-        loss += loss_sum(model, pack, precision) / targets
+        loss += loss_sum(model, pack) / targets
         loss += 0.5 * len(pack.targets) / tokens * load_balancing_loss_func(tuple(logits), E, K)
     loss.backward()
     assert len(found["packs"]) == 3 and targets < 0.2 * tokens
@@ -230,7 +240,8 @@ def test_the_loop_equals_grouped_mm():
     gate, up, down = (torch.stack([getattr(expert, name).weight.T for expert in layer.experts.values()])
                       for name in ("gate_proj", "up_proj", "down_proj"))                # (E, in, out) each
     hidden = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
-    torch.testing.assert_close(layer.compute(rows, layer.load), F.grouped_mm(hidden, down, offs=ends), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.compute(rows, layer.load), F.grouped_mm(hidden, down, offs=ends),
+                               atol=1e-5, rtol=1e-5)
 
 
 def test_experts_without_tokens_get_a_gradient_of_zeros():
@@ -282,19 +293,19 @@ def test_parameters_and_flops_are_counted(monkeypatch):
     small, dense, large = (chapter6.model.CONFIGS[name] for name in ("small-moe", "small", "qwen3-30b-a3b"))
     assert chapter6.flops.num_parameters(large) == 30_532_122_624
     assert 3.0e9 < sum(chapter6.flops.weights(large).values()) < 3.4e9
-    assert chapter6.flops.weights(small)["linear"] - chapter6.flops.weights(dense)["linear"] == 2 * 128 * E   # the routers
+    # The routers.
+    assert chapter6.flops.weights(small)["linear"] - chapter6.flops.weights(dense)["linear"] == 2 * 128 * E
     for config in (make_model(chapter6).config, small, replace(large, num_hidden_layers=1)):
         with torch.device("meta"):
             assert chapter6.flops.num_parameters(config) == chapter6.model.Transformer(config).num_parameters()
 
-    monkeypatch.setattr(chapter6.model, "grouped_attention", lambda q, k, v, cu_seqlens: [torch.cat(
+    monkeypatch.setattr(chapter6.attention, "grouped_attention", lambda q, k, v, cu_seqlens: [torch.cat(
         [F.scaled_dot_product_attention(*stack, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
-         for stack in chapter6.operators.stacks(cu_seqlens, q, k, v)])])
+         for stack in chapter6.custom_ops.stacks(cu_seqlens, q, k, v)])])
     model, pack = make_model(chapter6, router_aux_loss_coef=0.5), make_pack(chapter6)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(pack.input_ids, pack.position_ids, pack.cu_seqlens, pack.max_seqlen).sum().backward()
-    assert sum(map(sum, chapter6.flops.step_flops(model.config, pack.cu_seqlens).values())) == counter.get_total_flops()
-    assert model.flops_per_token(pack.cu_seqlens) * sum(LENGTHS) == pytest.approx(counter.get_total_flops(), rel=1e-12)
+    assert chapter6.flops.total_flops(model.config, pack.cu_seqlens) == counter.get_total_flops()
 
 
 # ------------------------------------------------------------------------------------------------------- several ranks
@@ -311,16 +322,16 @@ def one_process(chapter, packs):
         one = loss_sum(model, pack)
         one.backward()
         loss += one.item()
-        loads.append(chapter.moe.load(model))                                           # (layers, E)
+        loads.append(chapter.parallel.experts.load(model))                                           # (layers, E)
     return loss, gradients(model), loads
 
 
 def several(chapter, axes):
     """Each rank its own pack, and its experts: loss, gradients under their global names, names left, bytes sent."""
-    mesh = chapter.parallel.make_mesh(**axes)
+    mesh = chapter.parallel.mesh.make_mesh(**axes)
     model = make_model(chapter, router_aux_loss_coef=0.5)
-    chapter.parallel.label(model, mesh)
-    chapter.moe.spread(model, mesh)
+    chapter.parallel.mesh.label(model, mesh)
+    chapter.parallel.experts.spread(model, mesh)
     loss = loss_sum(model, packs_of(chapter)[mesh.dp.rank])
     loss.backward()
     sent = mesh.sent
@@ -329,7 +340,8 @@ def several(chapter, axes):
     return mesh.world.all_reduce(loss.detach()).item(), grads, names, sent
 
 
-@pytest.mark.parametrize("axes", [dict(dp=2, ep=2), dict(dp=4, ep=2), dict(dp=4, ep=4)], ids=("dp2-ep2", "dp4-ep2", "dp4-ep4"))
+@pytest.mark.parametrize("axes", [dict(dp=2, ep=2), dict(dp=4, ep=2), dict(dp=4, ep=4)],
+                         ids=("dp2-ep2", "dp4-ep2", "dp4-ep4"))
 def test_expert_parallel_equals_one_process(ranks, axes):
     size, ep = axes["dp"], axes["ep"]
     answers = ranks(size, several, axes)
@@ -343,8 +355,8 @@ def test_expert_parallel_equals_one_process(ranks, axes):
         assert set(names) == grads.keys() == mine   # others' experts are gone, and the rest keep their names
         assert_same(grads, {name: expected[name] for name in mine})
 
-    # Bytes: each row whose expert lives elsewhere goes there, comes back, and so do the two gradients; 32 float32 numbers each.
-    # And the counts, n whole numbers of 8 bytes for each other rank.
+    # Bytes: each row whose expert lives elsewhere goes there, comes back, and so do the two gradients; 32 float32
+    # numbers each. And the counts, n whole numbers of 8 bytes for each other rank.
     moved = sum(load[:, i].sum().item() for rank, load in enumerate(loads) for i in range(E) if i // n != rank % ep)
     assert sum(sent for *_, sent in answers) == 4 * moved * 32 * 4 + size * 2 * (ep - 1) * n * 8
 
@@ -355,9 +367,9 @@ def balance_over_cp(chapter):
     torch.manual_seed(0)
     layer, x = model.model.layers[0].mlp, torch.randn(40, 32)
     expected, = torch.autograd.grad(layer(x).sum(), layer.gate.weight)
-    mesh = chapter.parallel.make_mesh(cp=2)
-    chapter.parallel.label(model, mesh)
-    chapter.moe.spread(model, mesh)
+    mesh = chapter.parallel.mesh.make_mesh(cp=2)
+    chapter.parallel.mesh.label(model, mesh)
+    chapter.parallel.experts.spread(model, mesh)
     found, = torch.autograd.grad(layer(x.chunk(2)[mesh.cp.rank]).sum(), layer.gate.weight)
     return mesh.cp.all_reduce(found), expected
 
@@ -368,11 +380,11 @@ def test_with_context_parallel_the_balance_is_that_of_the_whole_pack(ranks):
 
 
 def test_what_cannot_be_dealt_out_is_refused():
-    moe, config = chapter6.moe, make_model(chapter6).config
+    moe, config = chapter6.parallel.experts, make_model(chapter6).config
     moe.check(config, ep=4, tp=1)
     moe.check(replace(config, num_experts=0), ep=1, tp=4)
     for experts, ep, tp, words in [(8, 3, 1, "--ep 3: 8 experts do not divide by 3 ranks"),
                                    (8, 2, 2, "experts are cut by --ep, not by --tp"),
                                    (0, 2, 1, "--ep 2: this model has no experts")]:
-        with pytest.raises(chapter6.errors.InputError, match=words):
+        with pytest.raises(chapter6.cli.InputError, match=words):
             moe.check(replace(config, num_experts=experts), ep, tp)

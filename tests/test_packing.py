@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from chapters import TRAINED, chapter1, expect_error, run_here
 
-pytestmark = pytest.mark.parametrize("chapter", [name for name in TRAINED if name != chapter1.folder.name], indirect=True)
+pytestmark = pytest.mark.parametrize("chapter", [name for name in TRAINED if name != chapter1.folder.name],
+                                     indirect=True)
 CHAT = [{"role": "system", "content": "Be brief."},
         {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"},
         {"role": "user", "content": "the king of night?"}, {"role": "assistant", "content": "a fool\n\nwho speaks"}]
@@ -32,9 +33,9 @@ def windows(chapter, tokenizer, text_file):
     return chapter.data.tokenize(documents, tokenizer, 48)[0]
 
 
-def random_windows(dice, number, longest):
+def random_windows(rng, number, longest):
     """Windows of random lengths; every token is the number of its window, so that each can be told from the others."""
-    return [([i] * n, [i] * n) for i, n in enumerate(dice.choices(range(1, longest + 1), k=number))]
+    return [([i] * n, [i] * n) for i, n in enumerate(rng.choices(range(1, longest + 1), k=number))]
 
 
 def numbers(packs):
@@ -98,22 +99,28 @@ def test_bytes_and_fingerprint_of_conversations(chapter, tmp_path):
 
 
 @pytest.mark.parametrize("beside, inside", [
-    ({"id": 7, "source": "x", "prompt_id": "a1", "prompt": "2 + 2?", "score": 0.5, "good": True, "meta": {"a": [1]}, "metadata": {}}, {}),
+    ({"id": 7, "source": "x", "prompt_id": "a1", "prompt": "2 + 2?", "score": 0.5, "good": True, "meta": {"a": [1]},
+      "metadata": {}}, {}),
     ({"tools": None, "functions": [], "chat_template_kwargs": {}, "system": ""},
-     {"tool_calls": None, "function_call": None, "refusal": None, "reasoning_content": "", "name": None, "images": []})])
+     {"tool_calls": None, "function_call": None, "refusal": None, "reasoning_content": "", "name": None,
+      "images": []})])
 def test_what_describes_a_conversation_or_is_empty_may_stand_in_its_line(chapter, beside, inside, tmp_path):
     """Tables have all columns in all rows, and logs of an API all keys in all messages."""
     line = {"messages": [message | inside for message in CHAT], **beside}
     (tmp_path / "a.jsonl").write_text(json.dumps(line))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**line, "meta": str(beside), "metadata": None, "chat_template_kwargs": None}]),
-                                tmp_path / "a.parquet")
+    row = {**line, "meta": str(beside), "metadata": None, "chat_template_kwargs": None}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
     assert chapter.data.read_file(tmp_path / "a.jsonl") == chapter.data.read_file(tmp_path / "a.parquet") == [CHAT]
 
 
 def test_bits_per_byte_do_not_depend_on_the_form_of_a_character(chapter):
-    """Composed or decomposed, the tokenizer reads the same; so the split, the tokens, the bytes and the bits are the same."""
-    texts = ["\ud55c\uad6d\uc5b4 \ubb38\uc7a5\uc774\ub2e4", "caf\u00e9 \u1ec7 \u00c5", "plain", "\ub2e4\ub978 \uae00"] * 10
-    composed = [*texts, *([{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in texts)]
+    """Composed or decomposed, the tokenizer reads the same; so the split, the tokens, the bytes and the bits are the
+    same.
+    """
+    texts = ["\ud55c\uad6d\uc5b4 \ubb38\uc7a5\uc774\ub2e4", "caf\u00e9 \u1ec7 \u00c5", "plain",
+             "\ub2e4\ub978 \uae00"] * 10
+    composed = [*texts, *([{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+                          for text in texts)]
     decomposed = json.loads(unicodedata.normalize("NFD", json.dumps(composed, ensure_ascii=False)))
     assert composed != decomposed
     tokenizer = chapter.make_tokenizer(texts)
@@ -123,7 +130,8 @@ def test_bits_per_byte_do_not_depend_on_the_form_of_a_character(chapter):
     assert chapter.data.num_bytes(decomposed) == len("\n\n".join(texts * 2).encode())
     half = [*composed[:40], *decomposed[40:]]
     for documents in (decomposed, half):
-        assert len(chapter.data.split_documents(documents, "x")[0]) == len(chapter.data.split_documents(composed, "x")[0])
+        splits = [chapter.data.split_documents(form, "x") for form in (documents, composed)]
+        assert len(splits[0][0]) == len(splits[1][0])
 
 
 # ------------------------------------------------------------------------------------------------------- batches
@@ -144,7 +152,8 @@ def test_loss_of_a_packed_batch_is_the_sum_over_its_documents(chapter, tokenizer
     for pack in itertools.islice(chapter.data.training_packs(windows, 300, seed=0), 3):
         assert len(pack) > 3
         together = chapter.train.loss_sum(model, chapter.data.packed_sequence_collate_fn(pack))
-        alone = sum(torch.nn.functional.cross_entropy(chapter.logits(model, input_ids), torch.tensor(targets), reduction="sum")
+        alone = sum(torch.nn.functional.cross_entropy(chapter.logits(model, input_ids), torch.tensor(targets),
+                                                      reduction="sum")
                     for input_ids, targets in pack)
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-3)
 
@@ -164,18 +173,19 @@ def test_packs_of_an_example(chapter):
 def test_packs_of_random_windows(chapter, monkeypatch, lookahead):
     """Every window once, never over the budget, in order but for those that wait, and who waits longest goes first."""
     monkeypatch.setattr(chapter.data, "LOOKAHEAD", lookahead)
-    dice = random.Random(lookahead)
+    rng = random.Random(lookahead)
     for _ in range(60):
-        budget = dice.randint(1, 60)
-        windows = random_windows(dice, dice.randint(1, 400), dice.randint(1, budget))
-        order = dice.sample(range(len(windows)), len(windows))
+        budget = rng.randint(1, 60)
+        windows = random_windows(rng, rng.randint(1, 400), rng.randint(1, budget))
+        order = rng.sample(range(len(windows)), len(windows))
         length = {i: len(windows[i][0]) for i in order}
         packs = numbers(chapter.data.pack(windows, budget, order))
         assert sorted(itertools.chain.from_iterable(packs)) == sorted(order)
         waiting = list(order)
         for pack in packs:
             room = budget - sum(length[i] for i in pack)
-            assert pack[0] == waiting[0] and room >= 0, "the one that has waited longest is not first, or too many tokens"
+            assert pack[0] == waiting[0] and room >= 0, ("the one that has waited longest is not first, "
+                                                         "or too many tokens")
             assert pack == [i for i in waiting if i in set(pack)], "not in order"
             in_sight = [i for i in waiting[:lookahead] if i not in pack]
             assert all(length[i] > room for i in in_sight), "one that waits would have fitted"
@@ -230,9 +240,9 @@ def test_every_window_once_an_epoch_and_a_new_order_each(chapter):
 
 def write_chat(path, number=200):
     """Conversations in which the assistant repeats the one word that it is asked to say."""
-    dice = random.Random(0)
+    rng = random.Random(0)
     with open(path, "w") as file:
-        for word in dice.choices(WORDS, k=number):
+        for word in rng.choices(WORDS, k=number):
             messages = [{"role": "user", "content": f"speak softly: {word}"}, {"role": "assistant", "content": word}]
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
@@ -252,7 +262,8 @@ def test_init_starts_from_exactly_those_weights_and_their_tokenizer(chapter, tra
     """One step that is too small to change anything. Its loss is the mean over the targets, not over all tokens."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     path = write_chat(tmp_path / "chat.jsonl")
-    run_here(chapter.train, "--init", trained, "--data", path, "--steps", 1, "--batch-tokens", 256, "--learning-rate", 1e-30,
+    run_here(chapter.train, "--init", trained, "--data", path, "--steps", 1, "--batch-tokens", 256,
+             "--learning-rate", 1e-30,
              "--out", tmp_path)
     before, after = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -279,9 +290,12 @@ def test_fine_tuning_prints_an_answer(chat):
 def test_chat_answers_and_stops_at_the_end_of_the_turn(chapter, chat, call):
     model, tokenizer = chapter.checkpoint.load_model(chat[0])
     for word in WORDS:
-        prompt_ids, _ = tokenizer.encode_conversation([{"role": "user", "content": f"speak softly: {word}"}], answer=True)
-        assert list(chapter.generate.generate(model, tokenizer, prompt_ids, 20, temperature=0)) == tokenizer.encode(word)
-        assert call(chapter.generate, "--chat", f"speak softly: {word}", "--checkpoint", chat[0], "--temperature", 0) == (
+        prompt_ids, _ = tokenizer.encode_conversation([{"role": "user", "content": f"speak softly: {word}"}],
+                                                      answer=True)
+        assert list(chapter.generate.generate(model, tokenizer, prompt_ids, 20,
+                                              temperature=0)) == tokenizer.encode(word)
+        assert call(chapter.generate, "--chat", f"speak softly: {word}", "--checkpoint", chat[0],
+                    "--temperature", 0) == (
             0, f"{word}\n", "")
 
 
@@ -294,7 +308,7 @@ def test_an_answer_ends_at_the_end_of_a_text_too(chapter, chat, call, monkeypatc
     def sample(logits, *_, **__):
         drawn.append(fool if len(drawn) % 3 else tokenizer.end_of_text)
         return drawn[-1]
-    monkeypatch.setattr(chapter.generate, "sample", sample)
+    monkeypatch.setattr(chapter.sampling, "sample", sample)
     flags = ("--checkpoint", chat[0], "--max-new-tokens", 7)
 
     def printed(*arguments):
@@ -306,7 +320,8 @@ def test_an_answer_ends_at_the_end_of_a_text_too(chapter, chat, call, monkeypatc
     assert printed("speak") == "speakff\n\nff\n\nf\n"
     drawn[:] = [fool]
     question = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "x"}]
-    assert chapter.train.write_sample(model, tokenizer, question, 7) == "user: who?\nff"
+    source = [chat[0], chapter.parallel.mesh.ALONE] if hasattr(chapter, "parallel") else [model]
+    assert chapter.train.write_sample(*source, tokenizer, question, 7) == "user: who?\nff"
     if "--prompts" in (chapter.folder / "generate.py").read_text():
         (tmp_path / "prompts.txt").write_text("who?\n")
         assert printed("--chat", "--prompts", tmp_path / "prompts.txt") == "who?\nff\n"
@@ -324,7 +339,8 @@ def test_a_folder_names_its_ends(chapter, trained, chat, tmp_path, text_file):
             tokenizer.end_of_text, tokenizer.end_of_turn]
         return theirs.eos_token
     assert ends(trained) == "<|endoftext|>" and ends(chat[0]) == "<|im_end|>"
-    # A model as Qwen publishes it, with one end in config.json, trained on text and on conversations; and what is resumed.
+    # A model as Qwen publishes it, with one end in config.json, trained on text and on conversations; and what is
+    # resumed.
     source = shutil.copytree(trained, tmp_path / "source")
     saved = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(saved | {"eos_token_id": saved["eos_token_id"][0]}))
@@ -334,7 +350,8 @@ def test_a_folder_names_its_ends(chapter, trained, chat, tmp_path, text_file):
         assert ends(tmp_path / end) == end
         run_here(chapter.train, *run, "--steps", 2, "--resume")
         assert ends(tmp_path / end) == end
-    run_here(chapter.train, "--init", chat[0], "--data", text_file, "--batch-tokens", 256, "--steps", 1, "--out", tmp_path / "on")
+    run_here(chapter.train, "--init", chat[0], "--data", text_file, "--batch-tokens", 256, "--steps", 1, "--out",
+             tmp_path / "on")
     assert ends(tmp_path / "on") == "<|im_end|>"   # it can still chat
 
 
@@ -347,10 +364,12 @@ def test_transformers_opens_the_folder(chapter, chat):
     ids = tokenizer.encode(text)
     assert their_tokenizer(text)["input_ids"] == ids
     with torch.no_grad():
-        torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], chapter.logits(model, ids), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], chapter.logits(model, ids),
+                                   atol=1e-4, rtol=1e-4)
 
     prompt_ids, _ = tokenizer.encode_conversation([{"role": "user", "content": "speak softly: fool"}], answer=True)
-    answer = theirs.generate(torch.tensor([prompt_ids]), max_new_tokens=20, do_sample=False)[0, len(prompt_ids):].tolist()
+    output = theirs.generate(torch.tensor([prompt_ids]), max_new_tokens=20, do_sample=False)
+    answer = output[0, len(prompt_ids):].tolist()
     assert answer == [*tokenizer.encode("fool"), tokenizer.end_of_turn]
 
 
@@ -359,16 +378,18 @@ def test_spare_rows_of_the_embedding_are_never_sampled(chapter, tokenizer):
     model = chapter.make_model(tokenizer, vocab_size=4 * tokenizer.vocab_size, tie_word_embeddings=False)
     torch.nn.init.zeros_(model.lm_head.weight)   # all scores equal
     for seed in range(5):
-        tokens = list(chapter.generate.generate(model, tokenizer, [tokenizer.end_of_text], 40, temperature=1.0, seed=seed))
+        tokens = list(chapter.generate.generate(model, tokenizer, [tokenizer.end_of_text], 40,
+                                                temperature=1.0, seed=seed))
         assert all(token < tokenizer.vocab_size for token in tokens)
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
 
-@pytest.mark.reaches("data.read_jsonl", "errors")
+@pytest.mark.reaches("data.read_jsonl", "cli")
 @pytest.mark.parametrize("line, words", [
     ({"messages": CHAT[:2]}, ["without an assistant turn"]), ({"messages": []}, ["without an assistant turn"]),
-    *[({"messages": messages}, ['"messages"', "role", "content"]) for messages in ("hello", None, 7, {"role": "user", "content": "x"})],
+    *[({"messages": messages}, ['"messages"', "role", "content"])
+      for messages in ("hello", None, 7, {"role": "user", "content": "x"})],
     *[({"messages": CHAT[:2] + [message]}, ["message 3: ", *words]) for message, words in (
         ("hello", ["role", "content", "hello"]), ([], ["role", "content"]), ({"content": "x"}, ["role"]),
         ({"from": "human", "value": "x"}, ["role", "content", "from", "human"]),
@@ -378,23 +399,30 @@ def test_spare_rows_of_the_embedding_are_never_sampled(chapter, tokenizer):
         ({"role": "assistant"}, ["no", "content"]), ({"role": "user", "content": None}, ["content", "null"]),
         ({"role": "assistant", "content": [{"type": "text", "text": "x"}]}, ["content", "type", "not a text"]),
         ({"role": "assistant", "content": 4}, ["content", "4"]),
-        *[({"role": "assistant", "content": content}, ["says nothing", "end its turn"]) for content in ("", " ", "\n\u00a0")],
-        *[({"role": "assistant", "content": content, "tool_calls": [{"function": {}}]}, ['"tool_calls"']) for content in ("", None, "x")],
+        *[({"role": "assistant", "content": content}, ["says nothing", "end its turn"])
+          for content in ("", " ", "\n\u00a0")],
+        *[({"role": "assistant", "content": content, "tool_calls": [{"function": {}}]}, ['"tool_calls"'])
+          for content in ("", None, "x")],
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, ['"tool_calls"']),
         *[({"role": "assistant", "content": "x", key: value}, [f'"{key}"']) for key, value in (
-            ("reasoning_content", "so"), ("name", "Bob"), ("weight", 0), ("weight", 1), ("function_call", {"name": "f"}), ("images", ["a"]),
+            ("reasoning_content", "so"), ("name", "Bob"), ("weight", 0), ("weight", 1),
+            ("function_call", {"name": "f"}), ("images", ["a"]),
             ("prefix", False), ("id", 7))])],
     *[({"messages": CHAT, key: value}, [f'"{key}"']) for key, value in (
-        ("tools", [{"type": "function"}]), ("tools", "[{}]"), ("functions", [{}]), ("chat_template_kwargs", {"enable_thinking": False}),
-        ("parallel_tool_calls", False), ("system", "Be brief."), ("weight", 0.5), ("rejected", "no"), ("images", ["a.png"]),
+        ("tools", [{"type": "function"}]), ("tools", "[{}]"), ("functions", [{}]),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("parallel_tool_calls", False), ("system", "Be brief."), ("weight", 0.5), ("rejected", "no"),
+        ("images", ["a.png"]),
         ("documents", [{"text": "x"}]), ("surprise", {"a": 1}))],
-    *[({"messages": messages, "text": "x"}, ['"messages"', '"text"', json.dumps(messages)[:30]]) for messages in (None, [], CHAT)],
-    ({"conversations": [{"from": "human", "value": "x"}]}, ["messages", "role", "conversations", "from"]), (CHAT, ["messages", "[{"])])
+    *[({"messages": messages, "text": "x"}, ['"messages"', '"text"', json.dumps(messages)[:30]])
+      for messages in (None, [], CHAT)],
+    ({"conversations": [{"from": "human", "value": "x"}]}, ["messages", "role", "conversations", "from"]),
+    (CHAT, ["messages", "[{"])])
 def test_conversations_that_cannot_be_used(chapter, line, words, tmp_path):
     """Refused by the name of what is wrong, and where: what is ignored would be dropped without a word."""
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(map(json.dumps, [{"messages": CHAT}, {"text": "a"}, line])))
-    with pytest.raises(chapter.errors.InputError) as error:
+    with pytest.raises(chapter.cli.InputError) as error:
         chapter.data.read_jsonl(path)
     message = str(error.value)
     assert all(word in message for word in (f"{path}, line 3: ", *words)) and "\n" not in message, message
@@ -402,7 +430,8 @@ def test_conversations_that_cannot_be_used(chapter, line, words, tmp_path):
 
 def test_a_conversation_that_cannot_be_used_ends_in_one_line(chapter, tmp_path, call):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": CHAT, "tools": "[]"}))
-    expect_error(call(chapter.train, "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "out"), "bad.jsonl, line 1: ", "tools")
+    expect_error(call(chapter.train, "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "out"),
+                 "bad.jsonl, line 1: ", "tools")
 
 
 def test_init_from_nowhere(chapter, tmp_path, text_file, call):
@@ -413,21 +442,24 @@ def test_init_from_nowhere(chapter, tmp_path, text_file, call):
 
 
 @pytest.mark.parametrize("changes", [{"model_type": "llama"}, {"hidden_act": "gelu"}, {"attention_bias": True},
-                                     {"num_key_value_heads": -2}, {"max_position_embeddings": 0}, {"rope_parameters": "x"}])
+                                     {"num_key_value_heads": -2}, {"max_position_embeddings": 0},
+                                     {"rope_parameters": "x"}])
 def test_init_from_another_architecture(chapter, changes, trained, tmp_path, text_file, call):
     for path in trained.glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     named = [repr(value) for value in changes.values() if value != "x"]
-    expect_error(call(chapter.train, "--data", text_file, "--out", tmp_path / "out", "--init", tmp_path), "config.json", *named)
+    expect_error(call(chapter.train, "--data", text_file, "--out", tmp_path / "out", "--init", tmp_path),
+                 "config.json", *named)
 
 
 def test_resume_with_another_name_of_init(chapter, chat, trained, tmp_path, call, monkeypatch):
     folder, _ = chat
     out = shutil.copytree(folder, tmp_path / "out")
     monkeypatch.chdir(trained.parent)
-    status, printed, _ = call(chapter.train, "--init", f"./{trained.name}/", "--data", folder.parent / "chat.jsonl", "--steps", 60,
+    status, printed, _ = call(chapter.train, "--init", f"./{trained.name}/", "--data", folder.parent / "chat.jsonl",
+                              "--steps", 60,
                               "--batch-tokens", 256, "--learning-rate", 3e-3, "--out", out, "--resume")
     assert status == 0 and "resuming after step 60" in printed
 

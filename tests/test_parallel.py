@@ -7,19 +7,23 @@ from chapters import load_chapter
 from ranks import CHAPTER
 
 ROWS, ROW = 8, 3 * 4   # of the tensors below, and the bytes of a row
-COUNTS = [[(3 * i + j * j) % 4 for j in range(4)] for i in range(4)]   # rows from rank i to rank j: unequal, and some none
+# Rows from rank i to rank j: unequal, and some none.
+COUNTS = [[(3 * i + j * j) % 4 for j in range(4)] for i in range(4)]
 
 
 def apply(chapter, name):
-    """(x, f(x), dy, x's gradient, bytes sent forward, and backward). What all ranks hold in common is the same on all."""
-    group = chapter.parallel.make_mesh(tp=4).tp
+    """(x, f(x), dy, x's gradient, bytes sent forward, and backward).
+
+    What all ranks hold in common is the same on all.
+    """
+    group = chapter.parallel.mesh.make_mesh(tp=4).tp
     torch.manual_seed(0 if name == "Copy" else group.rank)
     arguments, rows = (), ROWS
     if name == "AllToAll":
         arguments = COUNTS[group.rank], [row[group.rank] for row in COUNTS]
         rows = sum(arguments[0])
     x = torch.randn(rows, 3, requires_grad=True)
-    y = getattr(chapter.parallel, name).apply(x, group, *arguments)
+    y = getattr(chapter.parallel.mesh, name).apply(x, group, *arguments)
     forward = group.sent
     torch.manual_seed(10 if name == "Reduce" else 10 + group.rank)
     dy = torch.randn(y.shape)
@@ -83,10 +87,12 @@ LAYOUTS = (   # the axes, and the rows of each group that is not of one rank
 
 
 def look_around(chapter, layouts):
-    """For each layout {group: (its ranks, this one's place, the sum of the ranks' numbers)}, and the largest of the numbers."""
+    """For each layout {group: (its ranks, this one's place, the sum of the ranks' numbers)}, and the largest of the
+    numbers.
+    """
     found = []
     for axes in layouts:
-        mesh = chapter.parallel.make_mesh(**axes)
+        mesh = chapter.parallel.mesh.make_mesh(**axes)
         number = mesh.world.rank
         groups = {name: getattr(mesh, name) for name in GROUPS}
         found.append({name: (group.ranks, group.rank, group.all_reduce(torch.tensor(number)).item())
@@ -107,7 +113,7 @@ def test_who_talks_to_whom(ranks):
 
 
 def pass_round(chapter):
-    group = chapter.parallel.make_mesh(cp=4).cp
+    group = chapter.parallel.mesh.make_mesh(cp=4).cp
     arrived = group.exchange(torch.full((5,), float(group.rank)), (group.rank + 1) % 4, (group.rank - 1) % 4)
     return arrived().tolist(), group.sent
 
@@ -119,7 +125,7 @@ def test_exchange_sends_to_one_and_takes_from_another(ranks):
 # ------------------------------------------------------------------------------------------------------- who holds what
 
 def test_one_process_is_a_mesh_of_one():
-    parallel = load_chapter(CHAPTER).parallel
+    parallel = load_chapter(CHAPTER).parallel.mesh
     mesh, x = parallel.ALONE, torch.ones(4, 2, requires_grad=True)
     for name in ("Copy", "Reduce", "Gather", "Scatter"):
         assert torch.equal(getattr(parallel, name).apply(x, mesh.tp), x)
@@ -127,10 +133,11 @@ def test_one_process_is_a_mesh_of_one():
 
 
 def test_pieces():
-    parallel, mesh = load_chapter(CHAPTER).parallel, load_chapter(CHAPTER).parallel.ALONE
+    parallel, mesh = load_chapter(CHAPTER).parallel.mesh, load_chapter(CHAPTER).parallel.mesh.ALONE
     model = nn.ModuleDict({"table": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False),
                            "mlp": nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)])})})
     model["head"].weight = model["table"].weight   # tied: one parameter, under the name that comes first
+    model.num_parameters = lambda: sum(p.numel() for p in model.parameters())
     parallel.label(model, mesh)
     pieces = {parameter.piece.name: parameter.piece for parameter in model.parameters()}
     assert pieces.keys() == {"table.weight", "mlp.experts.0.weight", "mlp.experts.0.bias"}

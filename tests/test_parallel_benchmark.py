@@ -1,4 +1,7 @@
-"""Chapter 6's benchmark: the whole command with a tiny model. What it counts is what the formulas say; time is not looked at."""
+"""Chapter 6's benchmark: the whole command with a tiny model.
+
+What it counts is what the formulas say; time is not looked at.
+"""
 import contextlib
 import io
 import json
@@ -11,21 +14,22 @@ import torch
 from chapters import expect_error, load_chapter, run_here
 
 CHAPTER = load_chapter("chapter-06-parallelism")
-benchmark = CHAPTER.benchmark
-SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+benchmark = CHAPTER.benchmark_layouts
+SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8)
 
 
 def work(chapter, results, arguments):
     """benchmark.work in a process that is a rank already. Returns what it prints."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(sys, "stdout", sys.stdout)
-        patch.setattr(chapter.report, "RESULTS", Path(results))
-        patch.setattr(chapter.benchmark.dist, "init_process_group", lambda *_, **__: None)
-        patch.setattr(chapter.benchmark.dist, "destroy_process_group", lambda *_: None)
-        patch.setattr(chapter.benchmark.os, "cpu_count", lambda: 1)   # pytest's other workers want the rest
-        patch.setattr(chapter.benchmark, "STEPS", 2)
+        patch.setattr(chapter.results, "RESULTS", Path(results))
+        patch.setattr(chapter.benchmark_layouts.dist, "init_process_group", lambda *_, **__: None)
+        patch.setattr(chapter.benchmark_layouts.dist, "destroy_process_group", lambda *_: None)
+        patch.setattr(chapter.benchmark_layouts.os, "cpu_count", lambda: 1)   # pytest's other workers want the rest
+        patch.setattr(chapter.benchmark_layouts, "STEPS", 2)
         patch.setitem(chapter.model.CONFIGS, "small", chapter.model.ModelConfig(**SIZES))
-        chapter.benchmark.work(torch.distributed.get_rank(), *arguments)
+        chapter.benchmark_layouts.work(torch.distributed.get_rank(), *arguments)
     return printed.getvalue()
 
 
@@ -36,7 +40,8 @@ def finished(ranks, text_file, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CHAPTER.model.CONFIGS, "small", CHAPTER.model.ModelConfig(**SIZES))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(benchmark.mp, "spawn", lambda _, args, nprocs: printed.extend(ranks(nprocs, work, str(results), args)))
+        patch.setattr(benchmark.mp, "spawn",
+                      lambda _, args, nprocs: printed.extend(ranks(nprocs, work, str(results), args)))
         run_here(benchmark, "--data", text_file, "--batch-tokens", "64", "--rounds", "1", "--device", "cpu")
     rows = json.loads((results / "ways_small_cpu_2.json").read_text())["rows"]
     return printed[0], {row["way"]: row for row in rows}
@@ -44,7 +49,7 @@ def finished(ranks, text_file, tmp_path_factory):
 
 def test_every_way_finds_the_losses_of_one_process(finished):
     printed, rows = finished
-    assert list(rows) == [way.name for way in benchmark.WAYS]
+    assert list(rows) == [way.name for way in benchmark.LAYOUTS]
     losses = {name: next([float(word) for word in line.split()[-3:]] for line in printed.splitlines()
                          if line.startswith(f"    {name} ")) for name in rows}
     expected = losses[benchmark.ONE]
@@ -69,7 +74,7 @@ def test_bytes_and_memory_as_predicted(finished):
 def test_more_stages_than_two():
     """Busiest is one in the middle, and fullest one with a table; with two all stages are ends."""
     config = CHAPTER.model.ModelConfig(num_hidden_layers=8, tie_word_embeddings=False)
-    way = next(way for way in benchmark.WAYS if way.name == "pipeline, 1F1B")
+    way = next(way for way in benchmark.LAYOUTS if way.name == "pipeline, 1F1B")
     sent, _ = benchmark.predict(way, config, 4, 8, 100)
     assert sent == 2 * 8 * 100 * config.hidden_size * 4 + 2 * 6   # x on and its gradient back; the loss and the norm
 

@@ -8,16 +8,17 @@ from chapters import load_chapter
 
 CHAPTER = load_chapter("chapter-06-parallelism")
 LENGTHS = ([5, 3, 1], [7], [2, 2], [9, 4], [1, 6, 3], [8])   # documents of each pack: no two packs are equally long
-BY_HAND = ("gpipe", "one_f_one_b")
+BY_HAND = ("gpipe", "1f1b")
 V, D = 30, 16
 
 
-# ---------------------------------------------------------------------------------------------------- with several ranks
+# --------------------------------------------------------------------------------------------------- with several ranks
 
 def make_model(chapter, tied):
     torch.manual_seed(0)
     return chapter.model.Transformer(chapter.model.ModelConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=5, num_attention_heads=2,
+        num_key_value_heads=1,
         head_dim=8, max_position_embeddings=32, tie_word_embeddings=tied))
 
 
@@ -29,11 +30,11 @@ def make_batches(chapter, m):
 
 
 def forward_of(model, batches):
-    """forward(batch, x) for the runner, its loss divided by the targets of all batches."""
+    """forward(batch) for the runner, its loss divided by the targets of all batches."""
     targets = sum(len(batch.targets) for batch in batches)
 
-    def forward(batch, x):
-        out = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.targets, x=x)
+    def forward(batch):
+        out = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.targets)
         return out / targets if out.dim() == 0 else out
     return forward
 
@@ -42,30 +43,26 @@ def one_process(m, tied):
     """(loss, {name: gradient}) of all batches."""
     model, batches = make_model(CHAPTER, tied), make_batches(CHAPTER, m)
     forward = forward_of(model, batches)
-    loss = sum(forward(batch, None) for batch in batches)
+    loss = sum(map(forward, batches))
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def pipeline(chapter, mesh, m, name, tied):
     """What a rank finds in one step."""
-    pp = chapter.pipeline_parallel
+    pp = chapter.parallel.pipeline
     model, batches = make_model(chapter, tied), make_batches(chapter, m)
-    chapter.parallel.label(model, mesh)
-    pp.keep_stage(model, mesh)
+    chapter.parallel.mesh.label(model, mesh)
+    pp.keep_stage(model, mesh, name)
     forward, before, backwards, done = forward_of(model, batches), (mesh.pp.sent, mesh.pp_back.sent), [], []
     model.model.layers[0].self_attn.q_proj.weight.register_post_accumulate_grad_hook(backwards.append)
 
-    def empty(batch):
-        return torch.empty(len(batch.input_ids), D)
-
-    loss = pp.run(getattr(pp, name)(mesh.pp.rank, mesh.pp.size, m), mesh, batches, forward, empty,
-                  before_last_backward=lambda: done.append(len(backwards)))
+    loss = pp.run_stage(model, batches, forward, before_last_backward=lambda: done.append(len(backwards)))
     between = (mesh.pp.sent, mesh.pp_back.sent)
     pp.sum_tied(model.parameters(), mesh)
     after = mesh.pp.sent + mesh.pp_back.sent
     with torch.no_grad():
-        validation = pp.run([("F", i) for i in range(m)], mesh, batches, forward, empty)
+        validation = pp.run_stage(model, batches, forward)
     return {"loss": loss.item(), "validation": validation.item(), "backwards before the last": done,
             "sent": (between[0] - before[0], between[1] - before[1], after - sum(between)),
             "grads": {parameter.piece.name: parameter.grad for parameter in model.parameters()},
@@ -73,7 +70,7 @@ def pipeline(chapter, mesh, m, name, tied):
 
 
 def pipelines(chapter, size, dp):
-    mesh = chapter.parallel.make_mesh(pp=size, dp=dp)
+    mesh = chapter.parallel.mesh.make_mesh(pp=size, dp=dp)
     assert mesh.pp.ranks == mesh.pp_back.ranks
     return {case: pipeline(chapter, mesh, *case) for case in CASES}
 
@@ -104,7 +101,8 @@ def test_loss_and_gradients_equal_one_process(found, size, dp):
             assert stage["loss"] == pytest.approx(loss, rel=1e-5), where
             assert stage["validation"] == pytest.approx(loss, rel=1e-5), where
             for key, grad in stage["grads"].items():
-                torch.testing.assert_close(grad, grads[key], rtol=1e-4, atol=1e-6, msg=lambda text: f"{where}, {key}: {text}")
+                torch.testing.assert_close(grad, grads[key], rtol=1e-4, atol=1e-6,
+                                           msg=lambda text: f"{where}, {key}: {text}")
         assert set().union(*(stage["grads"] for stage in ranks)) == grads.keys()   # no layer is left out
 
 
@@ -130,11 +128,12 @@ def test_bytes_sent_equal_the_formula(found, size):
         for rank, stage in enumerate(ranks):
             last = rank == size - 1
             loss = 2 * 4 * (size - 1) // size   # of an all-reduce, so that all stages know it
-            assert stage["sent"] == (stream * (not last) + loss, stream * (rank > 0), V * D * 4 * (tied and (last or rank == 0)))
+            assert stage["sent"] == (stream * (not last) + loss, stream * (rank > 0),
+                                     V * D * 4 * (tied and (last or rank == 0)))
 
 
 def differences(chapter, m):
-    return chapter.schedules.largest_difference(chapter.parallel.make_mesh(pp=4), m)
+    return chapter.schedules.largest_difference(chapter.parallel.mesh.make_mesh(pp=4), m)
 
 
 def test_library_and_hand_find_the_same_gradients(ranks):
@@ -146,33 +145,37 @@ def test_library_and_hand_find_the_same_gradients(ranks):
 # ------------------------------------------------------------------------------------------------------------ on paper
 
 def test_stages():
-    stage_layers = CHAPTER.pipeline_parallel.stage_layers
+    stage_layers = CHAPTER.parallel.pipeline.stage_layers
     for layers, head in itertools.product(range(1, 25), (0, 0.7, 3, 10)):
         for size in range(1, layers + 1):
             stages = stage_layers(layers, size, head)
-            assert [start for start, _ in stages] + [layers] == [0] + [end for _, end in stages]   # each layer once, in order
+            # Each layer once, in order.
+            assert [start for start, _ in stages] + [layers] == [0] + [end for _, end in stages]
             *counts, last = [end - start for start, end in stages]
             assert last >= 1 and (not counts or max(counts) - 1 <= min(counts) >= 1)
             if size > 1:   # no other split is faster
                 slowest = max(*counts, last + head)
-                assert slowest <= min(max(-(-(layers - k) // (size - 1)), k + head) for k in range(1, layers - size + 2))
+                assert slowest <= min(max(-(-(layers - k) // (size - 1)), k + head)
+                                      for k in range(1, layers - size + 2))
     assert stage_layers(28, 4) == [(0, 7), (7, 14), (14, 21), (21, 28)]
-    assert stage_layers(28, 4, head=9.9) == [(0, 9), (9, 18), (18, 27), (27, 28)]   # the 0.6B: its head costs ten layers
+    # The 0.6B: its head costs ten layers.
+    assert stage_layers(28, 4, head=9.9) == [(0, 9), (9, 18), (18, 27), (27, 28)]
     assert stage_layers(5, 4) == [(0, 1), (1, 2), (2, 4), (4, 5)]
-    with pytest.raises(CHAPTER.errors.InputError, match="2 layers do not fill 3 pipeline stages"):
+    with pytest.raises(CHAPTER.cli.InputError, match="2 layers do not fill 3 pipeline stages"):
         stage_layers(2, 3)
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_one_stage_is_accumulation(name):
     model, batches = make_model(CHAPTER, True), make_batches(CHAPTER, 3)
-    order = getattr(CHAPTER.pipeline_parallel, name)(0, 1, 3)
-    loss = CHAPTER.pipeline_parallel.run(order, CHAPTER.parallel.ALONE, batches, forward_of(model, batches), None)
+    model.schedule = CHAPTER.parallel.pipeline.SCHEDULES[name]
+    loss = CHAPTER.parallel.pipeline.run_stage(model, batches, forward_of(model, batches))
     expected, grads = one_process(3, True)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, grads[key])
-    assert CHAPTER.pipeline_parallel.one_f_one_b(0, 1, 3) == [("F", 0), ("B", 0), ("F", 1), ("B", 1), ("F", 2), ("B", 2)]
+    expected = [("F", 0), ("B", 0), ("F", 1), ("B", 1), ("F", 2), ("B", 2)]
+    assert CHAPTER.parallel.pipeline.one_f_one_b(0, 1, 3) == expected
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
@@ -188,7 +191,8 @@ def test_orders_are_legal_and_1f1b_holds_few(p):
         ends = {event[1:4]: event[-1] for event in schedules.simulate(orders, schedules.TIMES)}
         for stage, action, i in ends:
             assert ends[stage, "F", i] < ends[stage, "B", i]
-            assert stage == 0 or ends[stage - 1, "F", i] < ends[stage, "F", i] and ends[stage, "B", i] < ends[stage - 1, "B", i]
+            assert (stage == 0 or ends[stage - 1, "F", i] < ends[stage, "F", i]
+                    and ends[stage, "B", i] < ends[stage - 1, "B", i])
 
 
 def test_impossible_orders_are_noticed():
@@ -198,8 +202,8 @@ def test_impossible_orders_are_noticed():
 
 
 def hangs(orders, groups):
-    """Whether ranks wait for ever if messages go as NCCL's do: what a rank sends and receives in one group happens in the order
-    in which it began, a message happens when it is the turn of both, and only a receive makes the rank wait.
+    """Whether ranks wait for ever if messages go as NCCL's do: what a rank sends and receives in one group happens in
+    the order in which it began, a message happens when it is the turn of both, and only a receive makes the rank wait.
 
     groups: {"F": name, "B": name}, in which group forward and backward messages go.
     """
@@ -233,7 +237,7 @@ def hangs(orders, groups):
 
 @pytest.mark.parametrize("p, m", [(2, 3), (4, 2), (4, 4), (4, 9)])
 def test_two_groups_do_not_hang_where_one_would(p, m):
-    pp = CHAPTER.pipeline_parallel
+    pp = CHAPTER.parallel.pipeline
     for order in (pp.gpipe, pp.one_f_one_b):
         assert not hangs([order(rank, p, m) for rank in range(p)], {"F": "pp", "B": "pp_back"})
     assert hangs([pp.one_f_one_b(rank, p, m) for rank in range(p)], {"F": "pp", "B": "pp"})

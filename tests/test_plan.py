@@ -1,4 +1,6 @@
-"""Chapter 6: plan.py's formulas against numbers worked out by hand or published, and its predictions against published runs."""
+"""Chapter 6: plan.py's formulas against numbers worked out by hand or published, and its predictions against published
+runs.
+"""
 import itertools
 import json
 import math
@@ -15,7 +17,8 @@ chapter = load_chapter("chapter-06-parallelism")
 plan = chapter.plan
 Layout, MODELS = plan.Layout, plan.MODELS
 LLAMA = MODELS["llama-3.1-8b"]
-# On Hugging Face: the sum of the shapes in the index of the weights. llm-foundry: the last column of its table, at length 2,048.
+# On Hugging Face: the sum of the shapes in the index of the weights. llm-foundry: the last column of its table, at
+# length 2,048.
 PARAMETERS = {"llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800,
               "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
               "smollm-1.7b": 1_711_376_384, "qwen3-0.6b": 596_049_920, "mpt-1b": 1_315_950_592, "mpt-3b": 2_651_837_440,
@@ -60,7 +63,8 @@ def test_products_take_flops_over_the_rate_reached():
     weights, tokens = sum(LLAMA.layer_weights().values()), 2 * 8192
     rate = 989e12 * plan.EFFICIENCY["h100", "bf16"]
     flash = 2 * tokens * 8192 * 4096 * 3.5 / (rate / 2)
-    for choice, passes, again in (("none", 3, 0), ("selective", 3, 0), ("full", 4, 2 * tokens * 8192 * 4096 / (rate / 2))):
+    for choice, passes, again in (("none", 3, 0), ("selective", 3, 0),
+                                  ("full", 4, 2 * tokens * 8192 * 4096 / (rate / 2))):
         products, _ = plan.layer_seconds(LLAMA, 8192, machines(), Layout(micro=2, checkpointing=choice))
         assert products == pytest.approx(2 * passes * tokens * weights / rate + flash + again)
 
@@ -81,13 +85,17 @@ def test_wires():
 
 
 @pytest.mark.parametrize("per_node, gpus, ranks, stride", [
-    (6, 24, 4, 1), (6, 24, 2, 2), (6, 6, 4, 1), (8, 24, 3, 1), (8, 40, 5, 1), (4, 16, 8, 1), (4, 16, 2, 2), (12, 48, 8, 1), (8, 48, 6, 1),
-    (8, 64, 8, 8), (3, 12, 4, 1), (6, 48, 3, 4), (1, 8, 4, 1), (8, 8, 4, 2), (8, 64, 16, 4), (5, 40, 2, 4), (6, 36, 9, 4)])
+    (6, 24, 4, 1), (6, 24, 2, 2), (6, 6, 4, 1), (8, 24, 3, 1), (8, 40, 5, 1), (4, 16, 8, 1), (4, 16, 2, 2),
+    (12, 48, 8, 1), (8, 48, 6, 1),
+    (8, 64, 8, 8), (3, 12, 4, 1), (6, 48, 3, 4), (1, 8, 4, 1), (8, 8, 4, 2), (8, 64, 16, 4), (5, 40, 2, 4),
+    (6, 36, 9, 4)])
 def test_the_group_that_lies_across_machines_is_the_slow_one(per_node, gpus, ranks, stride):
     """Every group counted out: the one with the fewest cards in a machine decides."""
     block = ranks * stride
-    groups = [[start + first + i * stride for i in range(ranks)] for start in range(0, gpus, block) for first in range(stride)]
-    counts = [[[rank // per_node for rank in group].count(machine) for machine in {rank // per_node for rank in group}] for group in groups]
+    groups = [[start + first + i * stride for i in range(ranks)] for start in range(0, gpus, block)
+              for first in range(stride)]
+    counts = [[[rank // per_node for rank in group].count(machine) for machine in {rank // per_node for rank in group}]
+              for group in groups]
     apart = [group for group in counts if len(group) > 1]
     speed, leaving = plan.wire(replace(machines(gpus), per_node=per_node), ranks, stride)
     if not apart:
@@ -99,8 +107,9 @@ def test_the_group_that_lies_across_machines_is_the_slow_one(per_node, gpus, ran
 
 
 def test_tensor_parallel_groups_across_machines_cost_the_network():
-    """4 of 6: ranks 4 and 5 are in one machine, 6 and 7 in the next, and two cards carry what NVLink carries elsewhere."""
-    whole, across = (plan.communication(LLAMA, 8192, replace(machines(24), per_node=n), Layout(dp=6, tp=4))["tp"] for n in (8, 6))
+    """4 of 6: ranks 4 and 5 are in one machine, 6 and 7 in the next, two cards carry what NVLink carries elsewhere."""
+    whole, across = (plan.communication(LLAMA, 8192, replace(machines(24), per_node=n), Layout(dp=6, tp=4))["tp"]
+                     for n in (8, 6))
     assert whole[0] == across[0] and whole[2] == 0 and across[2] == 1 / 2
     assert across[1] - whole[1] == pytest.approx(whole[0] / 0.8 * (1 / 100e9 - 1 / 450e9))
 
@@ -115,7 +124,8 @@ def test_bytes_by_hand():
     assert send(dp=4, cp=2, zero=3)["dp"] == send(dp=8, zero=3)["dp"]                 # cp sees other tokens too
     assert send(tp=8, microbatches=3)["tp"] == 3 * 7 / 8 * act * (32 * 8 + 4)
     assert send(tp=8, checkpointing="full")["tp"] == 7 / 8 * act * (32 * 12 + 4)
-    assert send(cp=4)["cp"] == 32 * 3 * 3 * 2 * 2 * 2048 * 1024                       # three rounds, k and v of 2,048 tokens
+    # Three rounds, k and v of 2,048 tokens.
+    assert send(cp=4)["cp"] == 32 * 3 * 3 * 2 * 2 * 2048 * 1024
     assert send(pp=8, microbatches=16, chunks=2)["pp"] == 16 * 2 * 2 * act
     assert not any(send().values())
 
@@ -131,7 +141,8 @@ def test_bytes_within_and_between_machines_add_up():
 def test_memory_by_hand():
     parameters = 32 * LLAMA.layer_parameters() + 2 * 128256 * 4096
     parts = plan.memory(LLAMA, 8192, machines(1), Layout(checkpointing="full"))
-    assert parts["weights"] == 2 * parameters and parts["gradients"] == 4 * parameters and parts["optimizer"] == 12 * parameters
+    assert parts["weights"] == 2 * parameters and parts["gradients"] == 4 * parameters
+    assert parts["optimizer"] == 12 * parameters
     everything = 4 * 4096 + 3 * 4096 + 3 * 1024 + 4 * 14336
     assert parts["activations"] == 2 * 8192 * (32 * 4096 + everything)
     assert parts["logits"] == 14 * 8192 * 128256
@@ -147,7 +158,8 @@ def test_memory_falls_with_each_cut():
     choices = [total(checkpointing=choice) for choice in ("none", "selective", "every-other", "full")]
     assert choices == sorted(choices, reverse=True) and len(set(choices)) == 4
     assert total() > total(cp=2) > total(cp=2, tp=2)
-    # A pipeline does not make activations fewer: the first stage holds those of as many microbatches as there are stages.
+    # A pipeline does not make activations fewer: the first stage holds those of as many microbatches as there are
+    # stages.
     flying = plan.memory(LLAMA, 8192, machines(), Layout(pp=8, microbatches=8))["activations"]
     assert flying > 0.99 * 2 * 8192 * 32 * (4 * 4096 + 3 * 4096 + 3 * 1024 + 4 * 14336)
 
@@ -240,7 +252,8 @@ def test_results_are_what_the_code_computes(compared):
 def test_misses_say_why(compared):
     """Within 15 % of what was published, or a reason why not."""
     off = [row for row in compared if abs(float(row["error"].split()[0])) > 15]
-    assert len(off) <= 6 and all(row["remark"] for row in off), [(row["run"], row["error"]) for row in off if not row["remark"]]
+    unsaid = [(row["run"], row["error"]) for row in off if not row["remark"]]
+    assert len(off) <= 6 and not unsaid, unsaid
     said = [row for row, source in zip(compared, chapter.plan_validation.PUBLISHED) if source["why"]]
     assert all(row in said for row in off)
 
@@ -255,20 +268,23 @@ def test_table_of_the_best():
 
 
 def test_what_a_message_names_fails_and_what_it_says_would_fit_fits():
-    dice, reasons = random.Random(0), {"tp reaches over", "heads or MLP", "fewer layers", "length does", "batch does"}
+    rng, reasons = random.Random(0), {"tp reaches over", "heads or MLP", "fewer layers", "length does", "batch does"}
     asked = 0
     for _ in range(60):
-        per_node = dice.choice([1, 2, 6, 8])
-        flags = {"--model": dice.choice(["llama-3.1-8b", "smollm-1.7b", "qwen3-0.6b", "gpt-22b"]), "--per-node": per_node,
-                 "--gpus": per_node * dice.choice([1, 3, 7, 11, 50]), "--length": (length := dice.choice([1001, 4096, 6000])),
-                 "--batch-tokens": length * dice.choice([1, 3, 32]), "--memory": dice.choice([2, 8, 20, 80])}
+        per_node = rng.choice([1, 2, 6, 8])
+        flags = {"--model": rng.choice(["llama-3.1-8b", "smollm-1.7b", "qwen3-0.6b", "gpt-22b"]),
+                 "--per-node": per_node,
+                 "--gpus": per_node * rng.choice([1, 3, 7, 11, 50]),
+                 "--length": (length := rng.choice([1001, 4096, 6000])),
+                 "--batch-tokens": length * rng.choice([1, 3, 32]), "--memory": rng.choice([2, 8, 20, 80])}
         told = message(flags)
         if told is None:
             continue
         asked += 1
         if "nothing fits" in told:
             assert not any(reason in told for reason in reasons)
-            takes, usable = (float(number.replace(",", "")) for number in re.findall(r"(?:takes|have) ([\d,]+\.\d)", told))
+            takes, usable = (float(number.replace(",", ""))
+                             for number in re.findall(r"(?:takes|have) ([\d,]+\.\d)", told))
             assert takes > usable
         else:
             named = re.search("is possible, (.*?)(;|$)", told)[1].split(", ")
@@ -284,7 +300,7 @@ def message(flags):
     """What is wrong with these flags of plan.py, or None."""
     try:
         run_here(plan, *itertools.chain.from_iterable(flags.items()))
-    except chapter.errors.InputError as error:
+    except chapter.cli.InputError as error:
         return str(error)
 
 
@@ -296,7 +312,8 @@ def message(flags):
     (("--model", "llama-3.1-405b"), ("nothing fits", "768.2 GiB", "can have 70.0", "--gpus 128 would fit")),
     (("--memory", 19.5), ("nothing fits", "17.5 GiB", "can have 17.0, 94% of its 18.2", "--gpus 16 would fit")),
     (("--length", 1000, "--batch-tokens", 1500), ("1500", "--length 1000")),
-    (("--gpus", 64, "--length", 1001, "--batch-tokens", 1001), ("64 GPUs is possible", "length does not divide by tp", "--gpus 32 would fit")),
+    (("--gpus", 64, "--length", 1001, "--batch-tokens", 1001),
+     ("64 GPUs is possible", "length does not divide by tp", "--gpus 32 would fit")),
     (("--gpus", 100_000), ("100000 GPUs is possible", "--gpus 131072 would fit")),
     (("--gpus", 0), ("--gpus",)),
 ])

@@ -1,4 +1,6 @@
-"""From chapter 4 on: the loss in chunks, recomputed layers, accumulated packs, scaled and rounded gradients, counted bytes."""
+"""From chapter 4 on: the loss in chunks, recomputed layers, accumulated packs, scaled and rounded gradients, counted
+bytes.
+"""
 import functools
 import itertools
 import json
@@ -18,7 +20,8 @@ pytestmark = pytest.mark.parametrize("chapter", PRECISE, indirect=True)
 
 
 def small_config(chapter, **changes):
-    return chapter.model.ModelConfig(**{"vocab_size": 70, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    return chapter.model.ModelConfig(**{"vocab_size": 70, "hidden_size": 32, "intermediate_size": 48,
+                                        "num_hidden_layers": 3,
                                         "head_dim": 16, **changes})
 
 
@@ -65,12 +68,13 @@ def test_loss_in_chunks_equals_the_plain_one(chapter, T, tied, monkeypatch):
         torch.testing.assert_close(model(*model_inputs, batch.targets), plain)
 
 
-@pytest.mark.reaches("linear_cross_entropy", "held")
+@pytest.mark.reaches("linear_cross_entropy", "memory_counter")
 def test_loss_in_chunks_never_holds_all_logits(chapter, monkeypatch):
     monkeypatch.setattr(chapter.linear_cross_entropy, "CHUNK", 16)
     x, weight = torch.randn(512, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
-    for loss_of, whole in ((chapter.linear_cross_entropy.linear_cross_entropy, False), (chapter.linear_cross_entropy.plain, True)):
-        with chapter.held.Held() as held:
+    for loss_of, whole in ((chapter.linear_cross_entropy.linear_cross_entropy, False),
+                           (chapter.linear_cross_entropy.plain, True)):
+        with chapter.memory_counter.Held() as held:
             loss_of(x, weight, torch.randint(300, (512,))).backward()
         assert (held.peak > 512 * 300 * 4) == whole
 
@@ -78,7 +82,9 @@ def test_loss_in_chunks_never_holds_all_logits(chapter, monkeypatch):
 @pytest.mark.reaches("linear_cross_entropy")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_in_chunks_in_few_bits(chapter, dtype, monkeypatch):
-    """Against the exact gradient: no worse than twice what torch makes of the same inputs, and nothing vanishes in float16."""
+    """Against the exact gradient: no worse than twice what torch makes of the same inputs, and nothing vanishes in
+    float16.
+    """
     monkeypatch.setattr(chapter.linear_cross_entropy, "CHUNK", 16)
     torch.manual_seed(0)
     x, weight = torch.randn(40, 32), torch.randn(5000, 32)
@@ -92,7 +98,8 @@ def test_loss_in_chunks_in_few_bits(chapter, dtype, monkeypatch):
 
     exact_inputs = [x.double().requires_grad_(), weight.double().requires_grad_()]
     exact = torch.autograd.grad(chapter.linear_cross_entropy.plain(*exact_inputs, targets) / 40 * 2 ** 10, exact_inputs)
-    for ours, theirs, right in zip(grads(chapter.linear_cross_entropy.linear_cross_entropy), grads(chapter.linear_cross_entropy.plain), exact):
+    for ours, theirs, right in zip(grads(chapter.linear_cross_entropy.linear_cross_entropy),
+                                   grads(chapter.linear_cross_entropy.plain), exact):
         assert (ours - right).norm() <= 2 * (theirs - right).norm() + 1e-3 * right.norm()
         assert ours.dtype == torch.float32
 
@@ -109,9 +116,13 @@ def test_loss_in_chunks_raises_where_the_plain_one_does(chapter, wrong, monkeypa
 
 
 @pytest.mark.reaches("linear_cross_entropy")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 2e-2),
+                                              (torch.float16, 2e-3)])
 def test_loss_in_chunks_of_weights_of_any_dtype(chapter, dtype, tolerance, monkeypatch):
-    """Without autocast: weights, inputs and both gradients of one dtype. A float16 sum over chunks would lose what is small."""
+    """Without autocast: weights, inputs and both gradients of one dtype.
+
+    A float16 sum over chunks would lose what is small.
+    """
     monkeypatch.setattr(chapter.linear_cross_entropy, "CHUNK", 4)
     torch.manual_seed(0)
     x, weight = torch.randn(400, 32, dtype=dtype), torch.randn(300, 32, dtype=dtype)
@@ -120,7 +131,8 @@ def test_loss_in_chunks_of_weights_of_any_dtype(chapter, dtype, tolerance, monke
     found, exact = ([loss, *torch.autograd.grad(loss / 400, inputs)] for inputs, loss in (
         (inputs, loss_of(*inputs, targets)) for loss_of, inputs in (
             (chapter.linear_cross_entropy.linear_cross_entropy, [x.requires_grad_(), weight.requires_grad_()]),
-            (chapter.linear_cross_entropy.plain, [tensor.detach().double().requires_grad_() for tensor in (x, weight)]))))
+            (chapter.linear_cross_entropy.plain, [tensor.detach().double().requires_grad_()
+                                                  for tensor in (x, weight)]))))
     assert found[1].dtype == found[2].dtype == dtype
     for ours, right in zip(found, exact):
         assert (ours - right).norm() <= tolerance * right.norm(), (ours - right).norm() / right.norm()
@@ -131,25 +143,28 @@ def test_loss_script_runs(chapter):
     assert "gradients differ" in run_here(chapter.linear_cross_entropy)
 
 
-# ---------------------------------------------------------------------------------------------- activation checkpointing
+# --------------------------------------------------------------------------------------------- activation checkpointing
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["full", "selective", "by hand"])
 def test_recomputed_layers_have_the_same_gradients(chapter, checkpointing, precision, monkeypatch):
-    monkeypatch.setitem(chapter.checkpointing.RUN, "by hand", chapter.checkpointing.recompute)
+    monkeypatch.setitem(chapter.recompute.RUN, "by hand", chapter.recompute.recompute)
     model, batch = random_model(chapter), batch_of(chapter, (3, 9, 9, 20))
-    expected = chapter.train.loss_sum(model, batch, precision)
+    model.precision = precision
+    expected = chapter.train.loss_sum(model, batch)
     expected_gradients = gradients(model, expected)
     model.checkpointing = checkpointing
-    loss = chapter.train.loss_sum(model, batch, precision)
+    loss = chapter.train.loss_sum(model, batch)
     assert loss.equal(expected)
     assert_same(gradients(model, loss), expected_gradients, tolerance=0)
 
 
-# ---------------------------------------------------------------------------------------------------------- accumulation
+# --------------------------------------------------------------------------------------------------------- accumulation
 
 def test_accumulated_packs_equal_one_large_batch(chapter, text_file, tmp_path, monkeypatch):
-    """train.py's own loop: the gradient of its first step, over packs of unequal numbers of targets, against one batch of all."""
+    """train.py's own loop: the gradient of its first step, over packs of unequal numbers of targets, against one batch
+    of all.
+    """
     found = []
     clip = getattr(torch.nn.utils, chapter.clip)
 
@@ -158,7 +173,8 @@ def test_accumulated_packs_equal_one_large_batch(chapter, text_file, tmp_path, m
         found.append([parameter.grad.clone() for parameter in parameters])
         return clip(parameters, limit, *norm)
     monkeypatch.setattr(torch.nn.utils, chapter.clip, spy)
-    text = [json.loads(json.dumps({"messages": [{"role": "user", "content": "a " * (5 * i)}, {"role": "assistant", "content": "b " * (90 // (i + 1))}]}))
+    text = [json.loads(json.dumps({"messages": [{"role": "user", "content": "a " * (5 * i)},
+                                                {"role": "assistant", "content": "b " * (90 // (i + 1))}]}))
             for i in range(40)]
     chats = tmp_path / "chats.jsonl"
     chats.write_text("\n".join(map(json.dumps, text)))
@@ -180,7 +196,7 @@ def test_accumulated_packs_equal_one_large_batch(chapter, text_file, tmp_path, m
     assert summary["tokens"] == sum(len(ids) for pack in packs for ids, _ in pack) and summary["steps"] == 1
 
 
-# -------------------------------------------------------------------------------------------------------------- precision
+# ------------------------------------------------------------------------------------------------------------ precision
 
 @pytest.mark.reaches("precision")
 def test_scaler_equals_that_of_torch(chapter):
@@ -235,7 +251,8 @@ def test_adamw_by_hand_is_adamw_but_for_the_rounding(chapter, monkeypatch):
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((30, 20), (7,))]
     theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
-    optimizers = [kind([{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0.0}], lr=0.01, betas=(0.9, 0.95))
+    optimizers = [kind([{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0.0}],
+                       lr=0.01, betas=(0.9, 0.95))
                   for kind, weights in ((chapter.precision.StochasticAdamW, ours), (torch.optim.AdamW, theirs))]
     for _ in range(20):
         for a, b in zip(ours, theirs):
@@ -249,13 +266,18 @@ def test_adamw_by_hand_is_adamw_but_for_the_rounding(chapter, monkeypatch):
 
 @pytest.fixture(scope="module")
 def score(chapter, text_file, tmp_path_factory):
-    """score(precision) -> (bits per byte, folder) of a run of 25 steps; each is run once. A CPU may need long for products of few bits."""
+    """score(precision) -> (bits per byte, folder) of a run of 25 steps; each is run once.
+
+    A CPU may need long for products of few bits.
+    """
     @functools.cache
     def score(precision):
         out = tmp_path_factory.mktemp(precision)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(chapter.model.CONFIGS, "small", small_config(chapter, vocab_size=300, hidden_size=64, intermediate_size=128))
-            run_here(chapter.train, "--data", text_file, *chapter.quick, "--steps", 25, "--precision", precision, "--out", out)
+            patch.setitem(chapter.model.CONFIGS, "small",
+                          small_config(chapter, vocab_size=300, hidden_size=64, intermediate_size=128))
+            run_here(chapter.train, "--data", text_file, *chapter.quick, "--steps", 25, "--precision",
+                     precision, "--out", out)
         return json.loads((out / "summary.json").read_text())["val_bits_per_byte"], out
     return score
 
@@ -273,12 +295,12 @@ def test_what_a_device_has_not_is_refused(chapter, text_file, tmp_path, call):
                  "tf32", "cpu", "fp32")
 
 
-# ------------------------------------------------------------------------------------------------------------- not finite
+# ----------------------------------------------------------------------------------------------------------- not finite
 
 def spoil(chapter, monkeypatch, steps):
     """Let the loss of these calls be nan."""
     calls, loss_sum = itertools.count(1), chapter.train.loss_sum
-    monkeypatch.setattr(chapter.train, "loss_sum", lambda model, batch, *rest: loss_sum(model, batch, *rest) * (
+    monkeypatch.setattr(chapter.train, "loss_sum", lambda model, batch: loss_sum(model, batch) * (
         float("nan") if torch.is_grad_enabled() and next(calls) in steps else 1))
 
 
@@ -293,7 +315,9 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(chapter, text_file, t
 
 @pytest.mark.parametrize("left_out", [range(1, 5), range(1, 7)], ids=["before the resume", "after it too"])
 def test_a_run_whose_steps_were_left_out_resumes_bit_for_bit(left_out, chapter, text_file, tmp_path, monkeypatch):
-    """float16's scale begins too high: the checkpoint after step 4 may know of no step that was taken, and so of no moments."""
+    """float16's scale begins too high: the checkpoint after step 4 may know of no step that was taken, and so of no
+    moments.
+    """
     run = ["--data", text_file, *chapter.quick, "--precision", "fp16"]
     for out, more in ("whole", [8]), ("resumed", [4]), ("resumed", [8, "--resume"]):
         steps = [step - 4 for step in left_out] if "--resume" in more else left_out
@@ -316,17 +340,18 @@ def test_moments_that_are_missing_are_told(chapter, text_file, tmp_path, call):
 
 def test_too_many_in_a_row_end_the_run_and_leave_the_checkpoint(chapter, text_file, tmp_path, monkeypatch, call):
     spoil(chapter, monkeypatch, range(11, 99))
-    expect_error(call(chapter.train, "--data", text_file, *chapter.quick, "--steps", 90, "--save-every", 5, "--out", tmp_path),
-                 "20 steps in a row", "step 30", "--learning-rate")
+    expect_error(call(chapter.train, "--data", text_file, *chapter.quick, "--steps", 90, "--save-every", 5,
+                      "--out", tmp_path),
+                 "20 steps in a row", "--learning-rate")
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 25
     chapter.checkpoint.load_model(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
-@pytest.mark.reaches("held")
+@pytest.mark.reaches("memory_counter")
 def test_held_counts_what_lives(chapter):
-    with chapter.held.Held() as held:
+    with chapter.memory_counter.Held() as held:
         a = torch.ones(1000)
         view = a.view(10, 100)[3:]
         b = a + 1

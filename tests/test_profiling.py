@@ -25,7 +25,8 @@ IN_PLACE = {torch.ops.aten.addmm_: lambda table, a, b, **_: 2 * a[0] * a[1] * b[
 def configs(chapter):
     small = chapter.model.ModelConfig(vocab_size=70, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
                                       num_attention_heads=6, num_key_value_heads=2, head_dim=16)
-    return [small, replace(small, tie_word_embeddings=False), replace(small, num_key_value_heads=6, num_hidden_layers=1)]
+    return [small, replace(small, tie_word_embeddings=False),
+            replace(small, num_key_value_heads=6, num_hidden_layers=1)]
 
 
 def batch_of(chapter, lengths, vocab_size=70):
@@ -37,14 +38,17 @@ def batch_of(chapter, lengths, vocab_size=70):
 # ------------------------------------------------------------------------------------------------------- flops.py
 
 def test_counted_flops_equal_those_of_torch(chapter, monkeypatch):
-    """torch's counter knows the plain formula, but not what an operator of our own does inside: so by the plain formula."""
-    monkeypatch.setattr(chapter.model, "grouped_attention", lambda q, k, v, cu_seqlens: [torch.cat(
+    """torch's counter knows the plain formula, but not what an operator of our own does inside: so by the plain
+    formula.
+    """
+    monkeypatch.setattr(chapter.attention, "grouped_attention", lambda q, k, v, cu_seqlens: [torch.cat(
         [F.scaled_dot_product_attention(*stack, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
-         for stack in chapter.operators.stacks(cu_seqlens, q, k, v)])])
+         for stack in chapter.custom_ops.stacks(cu_seqlens, q, k, v)])])
     for config in configs(chapter):
         batch = batch_of(chapter, (3, 9, 9, 20))
         model = chapter.model.Transformer(config)
-        # The way forward alone is counted without gradients: from chapter 4 on the loss makes its gradient on the way forward.
+        # The way forward alone is counted without gradients: from chapter 4 on the loss makes its gradient on the way
+        # forward.
         with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             chapter.train.loss_sum(model, batch)
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as both, sdpa_kernel(SDPBackend.MATH):
@@ -60,7 +64,7 @@ def test_counted_parameters_are_the_models(chapter):
 
 
 def test_bytes_grow_as_they_must(chapter):
-    """The optimizer reads and writes 28 bytes a parameter whatever T is; what goes over tokens is proportional to them."""
+    """The optimizer reads and writes 28 bytes a parameter whatever T is; what goes over tokens grows with them."""
     config = configs(chapter)[0]
     one, two = chapter.flops.step_bytes(config, 100), chapter.flops.step_bytes(config, 200)
     assert one["optimizer"] == two["optimizer"] == 28 * chapter.flops.num_parameters(config)
@@ -80,8 +84,8 @@ def test_events_belong_to_the_group_a_person_would_name(chapter):
     for expected, found in {
             "matmul": event("aten::mm", event("aten::linear", step), [[64, 32], [32, 16]]),
             "loss head": event("aten::mm", event("aten::linear", step), [[64, 32], [32, 70]]),
-            "matmul ": event("aten::mm", event("aten::linear", step), [[70, 32], [32, 16]]),   # 70 tokens, as many as words
-            "norms and elementwise ": event("aten::mul", event("MmBackward0", step)),          # a layer that is recomputed
+            "matmul ": event("aten::mm", event("aten::linear", step), [[70, 32], [32, 16]]),   # as many tokens as words
+            "norms and elementwise ": event("aten::mul", event("MmBackward0", step)),          # a recomputed layer
             "attention": event("aten::mm", attention, [[4, 4], [4, 4]]),
             "optimizer": event("aten::mul_", event("Optimizer.step#AdamW.step", step)),
             "norms and elementwise": event("aten::mul", step),
@@ -111,10 +115,11 @@ def test_a_profile_sums_to_the_step_and_changes_nothing(chapter, text_file, tmp_
 
 
 def test_a_profile_that_no_step_would_end_is_refused(chapter, text_file, tmp_path, call):
-    expect_error(call(chapter.train, "--data", text_file, "--profile", "--steps", 20, "--out", tmp_path), "--profile needs 23 steps, not 20")
+    expect_error(call(chapter.train, "--data", text_file, "--profile", "--steps", 20, "--out", tmp_path),
+                 "--profile needs 23 steps, not 20")
     run = ("--data", text_file, *chapter.quick, "--out", tmp_path)
     run_here(chapter.train, *run, "--steps", 3)
-    with pytest.raises(chapter.errors.InputError, match="--profile needs 23 steps, not 21"):   # so many are left
+    with pytest.raises(chapter.cli.InputError, match="--profile needs 23 steps, not 21"):   # so many are left
         run_here(chapter.train, *run, "--steps", 24, "--profile", "--resume")
 
 
@@ -166,5 +171,6 @@ assert graphs[1] == graphs[-1] <= 2, graphs
 
 def test_compiled_equals_eager_and_compiles_no_more_after_two_batches(chapter, compiled_kernels):
     """In a process of its own: the compiler looks modules up by their names."""
-    done = warm.run("-c", COMPILED, cwd=chapter.folder, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiled_kernels)})
+    done = warm.run("-c", COMPILED, cwd=chapter.folder, env=os.environ
+                    | {"TORCHINDUCTOR_CACHE_DIR": str(compiled_kernels)})
     assert done.returncode == 0, done.stderr

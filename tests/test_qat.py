@@ -1,4 +1,6 @@
-"""Chapter 7's train.py --qat: the model that is trained is the model that quantize.py makes; nothing else of a run changes."""
+"""Chapter 7's train.py --qat: the model that is trained is the model that quantize.py makes; nothing else of a run
+changes.
+"""
 import copy
 import json
 import re
@@ -14,9 +16,10 @@ from test_train import assert_same_run
 
 NAME = "chapter-07-quantization"
 chapter = load_chapter(NAME)
-ALONE = chapter.parallel.ALONE
+ALONE = chapter.parallel.mesh.ALONE
 # Rows of 128: the group of int4. On two ranks of --tp o_proj's rows of 256 are cut into two groups.
-SIZES = dict(vocab_size=301, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=32)
+SIZES = dict(vocab_size=301, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
+             num_key_value_heads=4, head_dim=32)
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128)
 QUICK = ("--batch-tokens", "100", "--device", "cpu")
 
@@ -27,7 +30,8 @@ def make_model(**changes):
 
 
 def make_batch(lengths=(3, 20, 41)):
-    documents = [torch.randint(301, (length + 1,), generator=torch.Generator().manual_seed(length)).tolist() for length in lengths]
+    documents = [torch.randint(301, (length + 1,), generator=torch.Generator().manual_seed(length)).tolist()
+                 for length in lengths]
     return chapter.data.packed_sequence_collate_fn([(ids[:-1], ids[1:]) for ids in documents])
 
 
@@ -45,23 +49,26 @@ def with_rounded_weights(model, name):
     for key, weight in model.named_parameters():
         table = "embed_tokens" in key or "lm_head" in key
         if weight.dim() == 2 and "mlp.gate.weight" not in key:
-            weight.copy_(chapter.integers.rounded(weight, chapter.integers.Format(8 if table else bits, 0 if table else group)))
+            format = chapter.integers.Format(8 if table else bits, 0 if table else group)
+            weight.copy_(chapter.integers.rounded(weight, format))
     return model
 
 
 @pytest.mark.parametrize("name, changes, precision, checkpointing", [
-    ("int4", {}, "fp32", "none"), ("int8", {}, "fp32", "full"), ("int4", {}, "bf16", "selective"), ("int8", MOE, "fp32", "none"),
+    ("int4", {}, "fp32", "none"), ("int8", {}, "fp32", "full"), ("int4", {}, "bf16", "selective"),
+    ("int8", MOE, "fp32", "none"),
     ("int4", {"tie_word_embeddings": False}, "fp32", "none"), ("int4", {}, "bf16-pure", "none")])
 def test_the_gradient_is_that_of_the_rounded_weights(name, changes, precision, checkpointing):
     """And the loss. To the last bit: it is the same computation."""
     model = make_model(**changes).to(torch.bfloat16 if precision == "bf16-pure" else torch.float32)
     found, expected = prepared(model, name), with_rounded_weights(model, name)
-    losses = []
+    losses, model.precision = [], precision
     for each in (found, expected):
         each.checkpointing = checkpointing
-        losses.append(chapter.train.loss_sum(each, make_batch(), precision))
+        each.precision = precision
+        losses.append(chapter.train.loss_sum(each, make_batch()))
         losses[-1].backward()
-    assert losses[0].equal(losses[1]) and not losses[0].equal(chapter.train.loss_sum(model, make_batch(), precision))
+    assert losses[0].equal(losses[1]) and not losses[0].equal(chapter.train.loss_sum(model, make_batch()))
     for (key, a), b in zip(found.named_parameters(), expected.parameters(), strict=True):
         assert a.grad.abs().sum() > 0 and a.grad.equal(b.grad), key
 
@@ -69,7 +76,8 @@ def test_the_gradient_is_that_of_the_rounded_weights(name, changes, precision, c
 def test_parameters_keep_their_names_and_logits_are_rounded_too():
     model, batch = make_model(), make_batch()
     found = prepared(model, "int4")
-    assert found.state_dict().keys() == model.state_dict().keys() and found.lm_head.weight is found.model.embed_tokens.weight
+    assert found.state_dict().keys() == model.state_dict().keys()
+    assert found.lm_head.weight is found.model.embed_tokens.weight
     inputs = batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
     torch.testing.assert_close(found(*inputs), with_rounded_weights(model, "int4")(*inputs), rtol=0, atol=0)
 
@@ -100,13 +108,15 @@ def test_small_steps_add_up():
 
 
 COMPILED = """
-import torch, parallel, qat
+import torch, qat
 from data import fill, packed_sequence_collate_fn
 from model import ModelConfig, Transformer
+from parallel.mesh import ALONE
 from train import loss_sum
 torch.manual_seed(0)
-model = Transformer(ModelConfig(vocab_size=70, hidden_size=128, intermediate_size=128, head_dim=32, num_hidden_layers=1))
-qat.prepare(model, "int4", parallel.ALONE)
+model = Transformer(ModelConfig(vocab_size=70, hidden_size=128, intermediate_size=128, head_dim=32, \
+num_hidden_layers=1))
+qat.prepare(model, "int4", ALONE)
 compiled = torch.compile(loss_sum, fullgraph=True, backend="aot_eager")
 batch = fill(packed_sequence_collate_fn([torch.randint(70, (2, length)).tolist() for length in (3, 9, 20)]), 64)
 expected, loss = loss_sum(model, batch), compiled(model, batch)
@@ -117,7 +127,10 @@ for a, b in zip(torch.autograd.grad(expected, model.parameters()), torch.autogra
 
 
 def test_the_compiler_can_follow():
-    """In a process of its own: the compiler looks modules up by their names. What it would translate this into does not matter here."""
+    """In a process of its own: the compiler looks modules up by their names.
+
+    What it would translate this into does not matter here.
+    """
     done = warm.run("-c", COMPILED, cwd=chapter.folder)
     assert done.returncode == 0, done.stderr
 
@@ -130,7 +143,8 @@ def run(request, text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(chapter.model.CONFIGS, "small", chapter.model.ModelConfig(**SIZES))
-        printed = run_here(chapter.train, "--data", text_file, *QUICK, "--steps", 4, "--qat", request.param, "--out", out)
+        printed = run_here(chapter.train, "--data", text_file, *QUICK, "--steps", 4, "--qat",
+                           request.param, "--out", out)
     return request.param, out, printed
 
 
@@ -147,19 +161,23 @@ def test_the_quantized_checkpoint_is_the_model_that_was_trained(run, text_file, 
     _, documents = chapter.data.load_documents(text_file)
     model, tokenizer = chapter.checkpoint.load_model(tmp_path / "quantized")
     full, _ = chapter.checkpoint.load_model(out)
-    for (_, _, a), (_, _, b) in zip(*(chapter.quantized.linear_layers(m.model.layers) for m in (model, with_rounded_weights(full, name)))):
+    for (_, _, a), (_, _, b) in zip(*(chapter.quantized.linear_layers(m.model.layers)
+                                      for m in (model, with_rounded_weights(full, name)))):
         assert a.dequantized().equal(b.weight)
     nats, bits = chapter.train.evaluate(model, documents, tokenizer, 100, "cpu")
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["val_loss"] == pytest.approx(nats, rel=1e-6) and summary["val_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
-    assert summary["val_loss"] != pytest.approx(chapter.train.evaluate(full, documents, tokenizer, 100, "cpu")[0], rel=1e-6)
+    assert summary["val_loss"] == pytest.approx(nats, rel=1e-6)
+    assert summary["val_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    unrounded, _ = chapter.train.evaluate(full, documents, tokenizer, 100, "cpu")
+    assert summary["val_loss"] != pytest.approx(unrounded, rel=1e-6)
 
 
 def test_a_resumed_run_is_the_same_run(text_file, tmp_path):
-    arguments = ["--data", str(text_file), *QUICK, "--steps", "4", "--save-every", "2", "--qat", "int8", "--accumulate", "2"]
+    arguments = ["--data", str(text_file), *QUICK, "--steps", "4", "--save-every", "2", "--qat", "int8",
+                 "--accumulate", "2"]
     train(chapter, 1, SIZES, False, *arguments, "--out", str(tmp_path / "whole"))
     train(chapter, 1, SIZES, True, *arguments, "--out", str(tmp_path / "killed"))
-    with pytest.raises(chapter.errors.InputError, match="qat int8, this command has int4"):
+    with pytest.raises(chapter.cli.InputError, match="qat int8, this command has int4"):
         train(chapter, 1, SIZES, False, *arguments, "--out", str(tmp_path / "killed"), "--resume", "--qat", "int4")
     train(chapter, 1, SIZES, False, *arguments, "--out", str(tmp_path / "killed"), "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
@@ -177,7 +195,8 @@ def alone(text_file, tmp_path_factory):
 
 def in_layout(layout, text_file, out):
     accumulate = "1" if "--dp 2" in layout else "2"
-    return ["--data", str(text_file), *QUICK, "--steps", "3", "--qat", "int4", "--out", str(out), "--accumulate", accumulate, *layout.split()]
+    return ["--data", str(text_file), *QUICK, "--steps", "3", "--qat", "int4", "--out", str(out), "--accumulate",
+            accumulate, *layout.split()]
 
 
 @pytest.mark.parametrize("kind, layout", [("dense", f"--dp 2 --zero {stage}") for stage in (0, 2, 3, "torch")]
@@ -188,7 +207,8 @@ def test_every_layout_trains_the_same_rounded_model(kind, layout, ranks, alone, 
     expected = alone[kind]
     assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
     for (what, step, a), (_, _, b) in zip(found, expected):
-        # From the second step on a weight whose last bit differs may lie on the other side of a half, and is then another integer.
+        # From the second step on a weight whose last bit differs may lie on the other side of a half, and is then
+        # another integer.
         assert a == pytest.approx(b, rel=1e-5 if step == 1 else 5e-3), (what, step)
 
 
@@ -201,15 +221,18 @@ def test_rows_without_whole_groups_are_refused(call, text_file, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, changes, words", [("int8", {}, "--tp 2 cuts rows"), ("int4", {"intermediate_size": 128}, "rows of 64 on each rank")])
+@pytest.mark.parametrize("name, changes, words", [("int8", {}, "--tp 2 cuts rows"),
+                                                  ("int4", {"intermediate_size": 128}, "rows of 64 on each rank")])
 def test_scales_that_tensor_parallel_would_cut_are_refused(name, changes, words, ranks, text_file, tmp_path):
     with pytest.raises(AssertionError, match=f"InputError: --qat {name} .*{words}"):
-        ranks(2, train, 2, SIZES | changes, False, *in_layout("--tp 2", text_file, tmp_path), "--qat", name, chapter=NAME)
+        ranks(2, train, 2, SIZES | changes, False, *in_layout("--tp 2", text_file, tmp_path), "--qat",
+              name, chapter=NAME)
     assert not list(tmp_path.iterdir())
 
 
 def test_integers_are_not_trained(run, call, text_file, tmp_path):
     name, out, _ = run
     chapter.quantize.quantize(out, name, tmp_path / "quantized")
-    result = call(chapter.train, "--data", text_file, *QUICK, "--steps", 1, "--init", tmp_path / "quantized", "--out", tmp_path / "out")
+    result = call(chapter.train, "--data", text_file, *QUICK, "--steps", 1, "--init", tmp_path / "quantized", "--out",
+                  tmp_path / "out")
     expect_error(result, "is quantized", "the model it was made of")

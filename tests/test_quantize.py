@@ -35,7 +35,8 @@ def test_no_weight_moves_by_more_than_half_a_scale(format, dtype):
     assert q.min() >= format.smallest and q.max() <= format.largest
     back = integers.from_integers(q, scale.float(), zero)
     step = scale.float().repeat_interleave(format.group or 96, dim=1)
-    # The largest weight of a group may fall a little beyond the last integer: by what the scale was rounded, or the zero point.
+    # The largest weight of a group may fall a little beyond the last integer: by what the scale was rounded, or the
+    # zero point.
     room = 0.5 + (0 if format.symmetric else 0.5) + (format.largest * 2 ** -8 if dtype == torch.bfloat16 else 1e-4)
     assert ((back - weight).abs() / step).max() <= room
 
@@ -71,7 +72,8 @@ def test_groups_and_zero_points_make_the_error_smaller():
 @given(st.integers(1, 5), st.integers(1, 9), st.booleans(), st.integers(0, 2 ** 31))
 def test_two_in_a_byte_come_out_as_they_went_in(N, half, symmetric, seed):
     low, high = (-7, 8) if symmetric else (0, 16)
-    q = torch.randint(low, high, (N, 2 * half), generator=torch.Generator().manual_seed(seed)).to(torch.int8 if symmetric else torch.uint8)
+    q = torch.randint(low, high, (N, 2 * half),
+                      generator=torch.Generator().manual_seed(seed)).to(torch.int8 if symmetric else torch.uint8)
     packed = integers.pack4(q)
     assert packed.dtype == torch.uint8 and packed.shape == (N, half)
     assert torch.equal(integers.unpack4(packed).int() - (8 if symmetric else 0), q.int())
@@ -87,7 +89,8 @@ def make_layer(cls, weight, format):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cls, format", [("Int8Linear", Format(8)), ("Int4Linear", Format(4, 32)), ("Int4Linear", Format(4)),
+@pytest.mark.parametrize("cls, format", [("Int8Linear", Format(8)), ("Int4Linear", Format(4, 32)),
+                                         ("Int4Linear", Format(4)),
                                          ("Int4Linear", Format(4, 32, False))])
 def test_a_layer_computes_with_the_weight_that_is_left(cls, format, dtype):
     weight, x = matrix(dtype=dtype), matrix(5, seed=1, dtype=dtype)
@@ -98,7 +101,8 @@ def test_a_layer_computes_with_the_weight_that_is_left(cls, format, dtype):
 
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cls, format", [("Int8Linear", Format(8)), ("Int4Linear", Format(4, 32)), ("Int4Linear", Format(4, 32, False)),
+@pytest.mark.parametrize("cls, format", [("Int8Linear", Format(8)), ("Int4Linear", Format(4, 32)),
+                                         ("Int4Linear", Format(4, 32, False)),
                                          ("Int4Linear", Format(4, 64, False))])
 def test_the_operators_of_pytorch_agree_with_the_plain_product(cls, format, dtype, rows):
     layer = make_layer(getattr(quantized, cls), matrix(64, 128, dtype=dtype), format)
@@ -123,8 +127,10 @@ def test_w8a8_is_a_product_of_integers():
     layer = make_layer(quantized.W8A8Linear, matrix(), Format(8))
     x = matrix(20, seed=1)
     assert torch.allclose(layer(x).double(), integers_by_hand(x, layer.weight, layer.scale), rtol=1e-5, atol=1e-6)
-    a, b = (torch.randint(-127, 128, (17, 64), generator=torch.Generator().manual_seed(i)).to(torch.int8) for i in (0, 1))
-    assert torch.equal(quantized.integer_product(a, b).int(), torch._int_mm(a, b.T))   # PyTorch's own, wherever it is not used for speed
+    a, b = (torch.randint(-127, 128, (17, 64), generator=torch.Generator().manual_seed(i)).to(torch.int8)
+            for i in (0, 1))
+    # PyTorch's own, wherever it is not used for speed.
+    assert torch.equal(quantized.integer_product(a, b).int(), torch._int_mm(a, b.T))
 
 
 def test_outliers_are_left_out_of_the_integers():
@@ -132,7 +138,8 @@ def test_outliers_are_left_out_of_the_integers():
     x[:, 7] *= 100
     layer = make_layer(quantized.OutlierLinear, weight.index_fill(1, torch.tensor([7]), 0), Format(8))
     layer.hold(torch.tensor([7]), weight[:, 7:8])
-    by_hand = integers_by_hand(x.index_fill(1, torch.tensor([7]), 0), layer.weight, layer.scale) + x[:, 7:8].double() @ weight[:, 7:8].double().T
+    by_hand = integers_by_hand(x.index_fill(1, torch.tensor([7]), 0), layer.weight,
+                               layer.scale) + x[:, 7:8].double() @ weight[:, 7:8].double().T
     assert torch.allclose(layer(x).double(), by_hand, rtol=1e-5, atol=1e-5)
     exact = x.double() @ weight.double().T
     plain = make_layer(quantized.W8A8Linear, weight, Format(8))
@@ -209,24 +216,28 @@ def test_with_a_cache_and_without_it(small):
 def test_the_ends_of_an_answer_are_kept(tmp_path, documents):
     """Of a model that was trained to chat, whose config.json names one of its two ends, as Qwen's does."""
     source = make_folder(tmp_path / "source", documents)
-    for name, change in (("config.json", {"eos_token_id": 7}), ("tokenizer_config.json", {"eos_token": {"content": "<|im_end|>"}})):
+    for name, change in (("config.json", {"eos_token_id": 7}),
+                         ("tokenizer_config.json", {"eos_token": {"content": "<|im_end|>"}})):
         (source / name).write_text(json.dumps(json.loads((source / name).read_text()) | change))
     chapter.quantize.quantize(source, "int8", tmp_path / "out")
     tokenizer = chapter.tokenizer.load_tokenizer(tmp_path / "out")
     saved = [json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "tokenizer_config.json")]
-    assert saved[0]["eos_token_id"] == [tokenizer.end_of_text, tokenizer.end_of_turn] and saved[1]["eos_token"] == "<|im_end|>"
+    assert saved[0]["eos_token_id"] == [tokenizer.end_of_text,
+                                        tokenizer.end_of_turn] and saved[1]["eos_token"] == "<|im_end|>"
 
 
 def test_the_engine_and_generate_open_the_folder(small, call, tmp_path):
     (tmp_path / "prompts.txt").write_text("the king\nthe queen and\n")
-    status, out, err = call(chapter.engine, tmp_path / "prompts.txt", "--max-new-tokens", 5, "--checkpoint", small[1], "--temperature", 0)
+    status, out, err = call(chapter.engine, tmp_path / "prompts.txt", "--max-new-tokens", 5, "--checkpoint", small[1],
+                            "--temperature", 0)
     assert status == 0 and out.startswith("the king") and "the queen and" in out, err
     status, alone, err = call(chapter.generate, "the king", 5, "--checkpoint", small[1], "--temperature", 0)
     assert status == 0 and alone.strip() in out, (alone, out, err)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False), dict(num_experts=4, moe_intermediate_size=32)])
+@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False),
+                                     dict(num_experts=4, moe_intermediate_size=32)])
 @pytest.mark.parametrize("method, group, asymmetric", [("int8", None, False), ("int4", 32, False), ("int4", 16, True)])
 def test_the_folder_is_as_large_as_predicted(tmp_path, documents, method, group, asymmetric, changes, dtype):
     """The tensors to the byte; the file has a header besides, which counts for little in a model of a real size."""
@@ -244,8 +255,8 @@ def test_the_folder_is_as_large_as_predicted(tmp_path, documents, method, group,
 def test_loading_never_holds_the_full_model(small, monkeypatch):
     """Of the matrices, no float one is ever made: neither while loading nor in the model that comes out."""
     seen = []
-    read = chapter.model.read_tensor
-    monkeypatch.setattr(chapter.model, "read_tensor", lambda *arguments: seen.append(read(*arguments)) or seen[-1])
+    read = chapter.pretrained.read_tensor
+    monkeypatch.setattr(chapter.pretrained, "read_tensor", lambda *arguments: seen.append(read(*arguments)) or seen[-1])
     model, _ = chapter.checkpoint.load_model(small[1])
     for tensor in [*seen, *model.state_dict().values()]:
         few = tensor.shape[-1] < 64   # a scale, a norm, or the columns of outliers
@@ -278,14 +289,16 @@ def test_a_quantized_folder_may_be_written_again(tmp_path, full, documents):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_folder_made_on_the_cpu_gives_the_same_answers_on_a_gpu(tmp_path, documents, method):
     """The folder has the plain order of bytes; each device packs for itself."""
-    folder = make_folder(tmp_path / "full", documents, torch.bfloat16, hidden_size=128, intermediate_size=256, head_dim=32)
+    folder = make_folder(tmp_path / "full", documents, torch.bfloat16, hidden_size=128,
+                         intermediate_size=256, head_dim=32)
     quantize.quantize(folder, method, tmp_path / "small", 32 if "int4" in method else None, False, documents, 400)
     answers = []
     for device in ("cpu", "cuda"):
         model, tokenizer = chapter.checkpoint.load_model(tmp_path / "small", device)
-        model = chapter.few_rows.for_few_rows(model).eval()
+        model = chapter.small_batch_matmul.for_small_batches(model).eval()
         ids = chapter.prompt_ids(tokenizer, "the king and queen of night speak softly")
-        packed = [x.to(device) for x in (torch.tensor(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32))]
+        packed = [x.to(device) for x in (torch.tensor(ids), torch.arange(len(ids)),
+                                         torch.tensor([0, len(ids)], dtype=torch.int32))]
         with torch.no_grad():
             answers.append(model(*packed, len(ids)).float().cpu())
     assert (answers[0] - answers[1]).norm() < 0.03 * answers[0].norm()
@@ -303,7 +316,8 @@ def test_bad_input(tmp_path, full, documents, call, text_file):
         ((*command, "--method", "int4"), ("--group 128",)),
         ((*command, "--method", "int8", "--group", 32), ("--group", "each row")),
         ((*command, "--method", "int8", "--asymmetric"), ("--asymmetric",)),
-        ((*command, "--method", "int4-gptq", "--group", 32, "--calibration-tokens", 10 ** 6), ("calibration", "1,000,000")),
+        ((*command, "--method", "int4-gptq", "--group", 32, "--calibration-tokens", 10 ** 6),
+         ("calibration", "1,000,000")),
         ((*command, "--method", "int2"), ("int2",)),
         ((*command, "--method", "int8", "--checkpoint", tmp_path / "done"), ("quantized already", "int8")),
         ((*command, "--method", "int8", "--checkpoint", tmp_path / "nothing"), ("nothing",)),
@@ -318,7 +332,7 @@ def test_bad_input(tmp_path, full, documents, call, text_file):
 
 def test_a_device_that_lacks_a_method(tmp_path, full, documents):
     """Said before anything is read or computed, so that no such device is needed to see it."""
-    InputError = chapter.errors.InputError
+    InputError = chapter.cli.InputError
     for method in ("int8-w8a8", "int8-outliers", "int8-smoothquant"):
         with pytest.raises(InputError, match=f"{method} .* torch cannot on mps"):
             quantize.quantize(full, method, tmp_path / "new", documents=documents, tokens=200, device="mps")
@@ -334,14 +348,15 @@ def test_a_device_that_lacks_a_method(tmp_path, full, documents):
 def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path, full, monkeypatch):
     def no_room(*arguments, **named):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(chapter.model, "save_file", no_room)
-    with pytest.raises(chapter.errors.InputError, match="No space left"):
+    monkeypatch.setattr(chapter.pretrained, "save_file", no_room)
+    with pytest.raises(chapter.cli.InputError, match="No space left"):
         quantize.quantize(full, "int8", tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(quant_method="awq"), "awq"), (dict(bits=3), "'bits': 3"), (dict(activations="int4"), "int4"), (dict(group_size="a"), "group_size"),
+    (dict(quant_method="awq"), "awq"), (dict(bits=3), "'bits': 3"), (dict(activations="int4"), "int4"),
+    (dict(group_size="a"), "group_size"),
     (dict(group_size=48), "is (64, 1)|config.json says")])
 def test_a_quantization_that_is_not_ours(tmp_path, full, change, words):
     quantize.quantize(full, "int4", tmp_path / "small", 32)
@@ -349,12 +364,15 @@ def test_a_quantization_that_is_not_ours(tmp_path, full, change, words):
     config = json.loads(path.read_text())
     config["quantization_config"] |= change
     path.write_text(json.dumps(config))
-    with pytest.raises(chapter.errors.InputError, match=words.replace("(", r"\(").replace(")", r"\)") if "|" not in words else "config.json says"):
+    with pytest.raises(chapter.cli.InputError, match=words.replace("(", r"\(").replace(")", r"\)") if "|" not in words
+                       else "config.json says"):
         chapter.checkpoint.load_model(tmp_path / "small")
 
 
 def test_who_else_opens_the_folder(tmp_path, small, call, text_file):
-    """Whoever does not know what these integers are must say so; but a folder that an earlier quantize.py wrote is known."""
+    """Whoever does not know what these integers are must say so; but a folder that an earlier quantize.py wrote is
+    known.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, Qwen3Model
     for reader in (AutoModelForCausalLM, Qwen3ForCausalLM, Qwen3Model):
         with pytest.raises(ValueError, match="quant"):
@@ -363,7 +381,8 @@ def test_who_else_opens_the_folder(tmp_path, small, call, text_file):
     expect_error(call(chapter1.generate, "the king", "--checkpoint", small[1]), small[1])
     for earlier in map(load_chapter, CHAPTERS[1:-1]):
         expect_error(call(earlier.generate, "the king", "--checkpoint", small[1]), "quantization_config")
-        expect_error(call(earlier.train, "--init", small[1], "--data", text_file, "--out", tmp_path / "run"), "quantization_config")
+        expect_error(call(earlier.train, "--init", small[1], "--data", text_file, "--out", tmp_path / "run"),
+                     "quantization_config")
     before = shutil.copytree(small[1], tmp_path / "before")
     config = json.loads((before / "config.json").read_text())
     config["quantization_config"]["quant_method"] = config["quantization_config"].pop("written_by")
@@ -376,14 +395,15 @@ def test_weights_that_are_no_numbers(tmp_path, documents):
     model, tokenizer = chapter.checkpoint.load_model(folder)
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
     chapter.checkpoint.save_model(folder, model, tokenizer)
-    with pytest.raises(chapter.errors.InputError, match="layers.1.mlp.up_proj.*nan"):
+    with pytest.raises(chapter.cli.InputError, match="layers.1.mlp.up_proj.*nan"):
         quantize.quantize(folder, "int8", tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
 
 PRUNED = {   # what of layer 1 is zero, and which layers get nothing but zeros then
     "up_proj": (["mlp.up_proj.weight"], ["mlp.down_proj"]),
-    "a norm": (["input_layernorm.weight"], ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]),
+    "a norm": (["input_layernorm.weight"], ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                            "self_attn.o_proj"]),
     "v_proj": (["self_attn.v_proj.weight"], ["self_attn.o_proj"]),
     "all": (["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
              "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"], []),
@@ -406,16 +426,20 @@ def pruned(path, documents, zeros):
 @pytest.mark.parametrize("method", [*METHODS, "int4 asymmetric"])
 @pytest.mark.parametrize("zeros", PRUNED)
 def test_a_pruned_model_is_quantized_as_any_other(tmp_path, documents, zeros, method):
-    """Where the inputs of a layer are always zero, nothing is known about them, and its weights go to the nearest integers."""
+    """Where the inputs of a layer are always zero, nothing is known about them, and its weights go to the nearest
+    integers.
+    """
     names, blind = PRUNED[zeros]
     folder = pruned(tmp_path / "full", documents, names)
     name, _, asymmetric = method.partition(" ")
-    quantize.quantize(folder, name, tmp_path / "small", 32 if "int4" in name else None, bool(asymmetric), documents, 400)
+    quantize.quantize(folder, name, tmp_path / "small", 32 if "int4" in name else None, bool(asymmetric),
+                      documents, 400)
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "small" / "model.safetensors").values())
     before, after = logits(folder), logits(tmp_path / "small")
     assert (after - before).square().mean() < 0.1 * before.square().mean()
     full, small = (chapter.checkpoint.load_model(path)[0].model.layers[1] for path in (folder, tmp_path / "small"))
-    for layer in blind if name != "int4-gptq" else []:   # which draws in the largest of a group as if all inputs were alike
+    # Which draws in the largest of a group as if all inputs were alike.
+    for layer in blind if name != "int4-gptq" else []:
         plain = integers.rounded(full.get_submodule(layer).weight.detach(), small.get_submodule(layer).format)
         torch.testing.assert_close(small.get_submodule(layer).dequantized(), plain)
 
@@ -423,10 +447,11 @@ def test_a_pruned_model_is_quantized_as_any_other(tmp_path, documents, zeros, me
 @pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12])
 def test_awq_does_not_care_how_large_inputs_are(size):
     """A product of two factors that leaves float32 would be 0 or inf, and all weights nan."""
-    chapter7, x = chapter.scaling, torch.randn(50, 64).exp()
+    chapter7, x = chapter.awq_smoothquant, torch.randn(50, 64).exp()
     block = chapter.model.Block(chapter.model.ModelConfig(hidden_size=64))
     site = chapter7.sites(block)[2]
-    factors = [chapter7.best_factors(site, SimpleNamespace(mean=x.abs().mean(0) * size, products=x.T @ x), Format(4, 32), grid=20)
+    factors = [chapter7.best_factors(site, SimpleNamespace(mean=x.abs().mean(0) * size, products=x.T @ x),
+                                     Format(4, 32), grid=20)
                for size in (1.0, size)]
     torch.testing.assert_close(*factors)
 
@@ -440,8 +465,9 @@ def test_what_computes_no_numbers_is_not_written(tmp_path, documents, method):
         model.model.layers[1].mlp.up_proj.weight[3, 3] = model.model.layers[1].mlp.down_proj.weight[3, 3] = 1e30
     chapter.checkpoint.save_model(folder, model, tokenizer)
     name, _, asymmetric = method.partition(" ")
-    with pytest.raises(chapter.errors.InputError, match="layer 1.*nan or inf.*nothing was written"):
-        quantize.quantize(folder, name, tmp_path / "small", 32 if "int4" in name else None, bool(asymmetric), documents, 400)
+    with pytest.raises(chapter.cli.InputError, match="layer 1.*nan or inf.*nothing was written"):
+        quantize.quantize(folder, name, tmp_path / "small", 32 if "int4" in name else None, bool(asymmetric),
+                          documents, 400)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
@@ -451,7 +477,7 @@ def test_a_scale_that_is_no_number_is_found_before_the_folder_is_there(tmp_path,
         scale[3] = float("nan")
         return integers, scale, zero
     monkeypatch.setitem(quantize.METHODS, "int4", replace(quantize.METHODS["int4"], to_integers=spoil))
-    with pytest.raises(chapter.errors.InputError, match="layer 0 in integers.*nan or inf"):
+    with pytest.raises(chapter.cli.InputError, match="layer 0 in integers.*nan or inf"):
         quantize.quantize(full, "int4", tmp_path / "small", 32)
     assert not list(tmp_path.iterdir())
 
@@ -470,22 +496,25 @@ def test_a_table_that_is_read_in_parts(tmp_path, full, monkeypatch):
     shutil.copytree(full, bad)
     tensors = load_file(full / "model.safetensors")
     table = tensors["model.embed_tokens.weight"]
-    for other, words in ((table[:-1], "embed_tokens.weight from row"), (torch.cat([table, table[:1]]), "embed_tokens.weight from row"),
-                         (table[:, 1:].contiguous(), "embed_tokens.weight is"), (table[0, 0].clone(), "embed_tokens.weight")):
+    for other, words in ((table[:-1], "embed_tokens.weight from row"),
+                         (torch.cat([table, table[:1]]), "embed_tokens.weight from row"),
+                         (table[:, 1:].contiguous(), "embed_tokens.weight is"),
+                         (table[0, 0].clone(), "embed_tokens.weight")):
         save_file(tensors | {"model.embed_tokens.weight": other}, bad / "model.safetensors", {"format": "pt"})
-        with pytest.raises(chapter.errors.InputError, match=words):
+        with pytest.raises(chapter.cli.InputError, match=words):
             quantize.quantize(bad, "int8", tmp_path / "new")
         assert not (tmp_path / "new").exists()
 
 
 def test_a_quantized_model_cannot_be_trained(tmp_path, full, text_file, call):
     quantize.quantize(full, "int8", tmp_path / "small")
-    expect_error(call(chapter.train, "--init", tmp_path / "small", "--data", text_file, "--out", tmp_path / "run"), "quantized")
+    expect_error(call(chapter.train, "--init", tmp_path / "small", "--data", text_file, "--out",
+                      tmp_path / "run"), "quantized")
 
 
 def test_experts_are_not_rescaled(tmp_path, documents):
     folder = make_folder(tmp_path / "full", documents, num_experts=4, moe_intermediate_size=32)
-    with pytest.raises(chapter.errors.InputError, match="experts"):
+    with pytest.raises(chapter.cli.InputError, match="experts"):
         quantize.quantize(folder, "int4-awq", tmp_path / "small", 32, False, documents, 400)
 
 
@@ -500,16 +529,21 @@ def test_integers_make_up_for_the_rounding_of_their_scale():
 
 def test_evaluate_measures_every_method(tmp_path, full, text_file, call, monkeypatch):
     evaluate = chapter.__getattr__("evaluate")   # the module: all chapters' tests have a function of that name
-    monkeypatch.setattr(chapter.report, "RESULTS", tmp_path)
+    monkeypatch.setattr(chapter.results, "RESULTS", tmp_path)
     for name, value in {"FIGURES": tmp_path, "PROMPT": 32, "NEW": 3}.items():
         monkeypatch.setattr(evaluate, name, value)
     quantize.quantize(full, "int8", tmp_path / "int8")
-    command = ("--checkpoint", full, "--data", text_file, "--group", 32, "--calibration-tokens", 400, "--rounds", 1, "--out", tmp_path, "--device", "cpu")
+    command = ("--checkpoint", full, "--data", text_file, "--group", 32, "--calibration-tokens", 400, "--rounds", 1,
+               "--out", tmp_path, "--device", "cpu")
     status, out, err = call(evaluate, *command, "--qat", full)
     assert status == 0, err
     rows = {row["name"]: row for row in json.loads((tmp_path / "evaluate.json").read_text())["rows"]}
-    assert {*METHODS, "float32", "bfloat16", "int4-gptq, zero point", "int4 after --qat", "float32, cache in int4"} <= rows.keys()
-    assert rows["float32"]["worse"] == "+0.00%" and rows["float32"]["divergence"] == 0 < rows["int8"]["divergence"] < rows["int4"]["divergence"]
-    assert rows["int4 after --qat"]["bits_per_byte"] == rows["int4"]["bits_per_byte"] and rows["int4 after --qat"]["recovered"] in ("0%", "-0%")
-    assert all(row["decode"] > 0 and row["memory"] < row["disk"] for name, row in rows.items() if "cache" not in name), rows
+    assert {*METHODS, "float32", "bfloat16", "int4-gptq, zero point", "int4 after --qat",
+            "float32, cache in int4"} <= rows.keys()
+    assert rows["float32"]["worse"] == "+0.00%"
+    assert rows["float32"]["divergence"] == 0 < rows["int8"]["divergence"] < rows["int4"]["divergence"]
+    assert rows["int4 after --qat"]["bits_per_byte"] == rows["int4"]["bits_per_byte"]
+    assert rows["int4 after --qat"]["recovered"] in ("0%", "-0%")
+    assert all(row["decode"] > 0 and row["memory"] < row["disk"] for name, row in rows.items()
+               if "cache" not in name), rows
     expect_error(call(evaluate, *command, "--checkpoint", tmp_path / "int8"), "quantized")

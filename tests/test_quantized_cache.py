@@ -1,7 +1,7 @@
 """Chapter 7: what a token sees of a quantized cache depends on its text alone, not on how the text came into the cache.
 
-The model computes in float64 here: a number that lies on the border of two integers would otherwise fall to either side with the
-order of a sum, and the scores would differ by what an integer is worth, not by what a float is.
+The model computes in float64 here: a number that lies on the border of two integers would otherwise fall to either side
+with the order of a sum, and the scores would differ by what an integer is worth, not by what a float is.
 """
 import copy
 
@@ -14,7 +14,7 @@ from chapters import load_chapter, run_here
 from test_kv_cache import V, Words, check_interrupted, check_laws, spoil_a_step, text
 
 chapter = load_chapter("chapter-07-quantization")
-GREEDY = chapter.generate.Sampling(temperature=0)
+GREEDY = chapter.sampling.Sampling(temperature=0)
 P = 4
 
 
@@ -22,7 +22,8 @@ P = 4
 def model():
     torch.manual_seed(0)
     config = chapter.model.ModelConfig(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                                       num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=128)
+                                       num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                                       max_position_embeddings=128)
     model = chapter.model.Transformer(config).double()
     for parameter in model.parameters():
         if parameter.dim() == 2:
@@ -39,9 +40,8 @@ def rounded_block(x, bits, dim):
 
 def plain_attention(bits, block_size=P):
     """The rule as a mask over all pairs of tokens, with softmax written out; of one text."""
-    def attend(q, k, v, cu_seqlens, max_seqlen):
+    def attend(q, k, v):
         T = len(q)
-        assert len(cu_seqlens) == 2
         kr, vr = k.clone(), v.clone()
         for start in range(0, T - block_size + 1, block_size):
             block = slice(start, start + block_size)
@@ -49,7 +49,8 @@ def plain_attention(bits, block_size=P):
         k, kr, v, vr = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, kr, v, vr))
         t, s = torch.arange(T)[:, None], torch.arange(T)
         before = s // block_size < t // block_size
-        scores = torch.where(before, torch.einsum("thk,shk->hts", q, kr), torch.einsum("thk,shk->hts", q, k)) / q.shape[-1] ** 0.5
+        scores = torch.where(before, torch.einsum("thk,shk->hts", q, kr),
+                             torch.einsum("thk,shk->hts", q, k)) / q.shape[-1] ** 0.5
         weights = scores.masked_fill(s > t, float("-inf")).softmax(-1)
         return torch.einsum("hts,shk->thk", weights * before, vr) + torch.einsum("hts,shk->thk", weights * ~before, v)
     return attend
@@ -73,7 +74,7 @@ class Watched:
 
     def next_token(self, scores, tokens, *rest):
         self.scores.setdefault(tuple(tokens), []).append(scores.clone())
-        return chapter.generate.next_token(scores, tokens, *rest)
+        return chapter.sampling.next_token(scores, tokens, *rest)
 
     def finish(self):
         ended = {}
@@ -94,7 +95,8 @@ class Watched:
 
     def check_scores(self, model):
         longer = ()
-        for tokens in sorted(self.scores, reverse=True):   # a text comes before its beginnings, whose scores are among its own
+        # A text comes before its beginnings, whose scores are among its own.
+        for tokens in sorted(self.scores, reverse=True):
             if longer[:len(tokens)] != tokens:
                 longer, expected = tokens, scores_of(model, tokens, self.reference).float()
             for scores in self.scores[tokens]:
@@ -122,7 +124,8 @@ def test_scores_do_not_depend_on_the_chunks(model, bits, chunks):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("settings_", [
     {}, {"max_tokens": 5}, {"max_tokens": 1}, {"max_sequences": 1}, {"max_sequences": 2, "block_size": 16},
-    {"num_blocks": 16}, {"num_blocks": 13, "max_tokens": 7}, {"num_blocks": 13, "prefix_cache": False}, {"block_size": 1, "num_blocks": 60}],
+    {"num_blocks": 16}, {"num_blocks": 13, "max_tokens": 7}, {"num_blocks": 13, "prefix_cache": False},
+    {"block_size": 1, "num_blocks": 60}],
     ids=str)
 def test_every_answer_is_what_its_prompt_alone_gets(model, monkeypatch, bits, settings_):
     """Chunked prefill, ragged batches, few sequences at a time, and so few blocks that sequences are preempted."""
@@ -149,10 +152,11 @@ def test_shared_beginnings(model, monkeypatch):
     watched.check_scores(model)
 
 
-@pytest.mark.parametrize("num_blocks, max_tokens", [(64, 64), (12, 64), (64, 3)])   # 3: of four samples one has to wait in each step
+# 3: of four samples one has to wait in each step.
+@pytest.mark.parametrize("num_blocks, max_tokens", [(64, 64), (12, 64), (64, 3)])
 @pytest.mark.parametrize("length", [18, 20])
 def test_forks_copy_what_is_not_rounded_yet(model, monkeypatch, num_blocks, max_tokens, length):
-    sampling = chapter.generate.Sampling(temperature=1.0, seed=3)
+    sampling = chapter.sampling.Sampling(temperature=1.0, seed=3)
     watched = Watched(monkeypatch, model, 4, num_blocks=num_blocks, max_tokens=max_tokens)
     watched.engine.add(text(length, seed=2), 12, sampling, samples=4)
     ended = watched.finish()
@@ -167,13 +171,15 @@ def test_any_schedule(model, data):
     """Requests, forks and cancellations at any time, in caches of any size."""
     with pytest.MonkeyPatch.context() as patch:
         block_size = data.draw(st.sampled_from([1, 2, 4, 8]))
-        watched = Watched(patch, model, data.draw(st.sampled_from([8, 4])), num_blocks=-(-data.draw(st.integers(32, 80)) // block_size),
+        watched = Watched(patch, model, data.draw(st.sampled_from([8, 4])),
+                          num_blocks=-(-data.draw(st.integers(32, 80)) // block_size),
                           block_size=block_size, max_tokens=data.draw(st.sampled_from([1, 3, 8, 40])),
                           max_sequences=data.draw(st.integers(1, 5)), prefix_cache=data.draw(st.booleans()))
         asked = []
         for _ in range(data.draw(st.integers(1, 7))):
             prompt = text(data.draw(st.integers(1, 20)), seed=data.draw(st.integers(0, 1)))   # many begin alike
-            asked.append(watched.engine.add(prompt, data.draw(st.integers(1, 10)), GREEDY, samples=data.draw(st.integers(1, 3))))
+            asked.append(watched.engine.add(prompt, data.draw(st.integers(1, 10)), GREEDY,
+                                            samples=data.draw(st.integers(1, 3))))
             for _ in range(data.draw(st.integers(0, 4))):
                 watched.engine.step()
                 watched.check_tails()
@@ -187,13 +193,14 @@ def test_any_schedule(model, data):
 def test_without_a_cache_the_rule_is_the_same(model, bits):
     """Several documents, among them one shorter than a block and one of whole blocks; and no token sees a later one."""
     documents = [text(n, seed=n) for n in (11, 3, 8, 17)]
-    attend = chapter.quantized_cache.rounded_attention(bits, P)
     lengths = torch.tensor([0, *map(len, documents)], dtype=torch.int32)
     positions = torch.cat([torch.arange(len(document)) for document in documents])
 
     def packed(documents):
         with torch.no_grad():
-            return model(torch.tensor(sum(documents, [])), positions, lengths.cumsum(0, dtype=torch.int32), 17, attend=attend)
+            cu_seqlens = lengths.cumsum(0, dtype=torch.int32)
+            attend = chapter.quantized_cache.rounded_attention(cu_seqlens, bits, P)
+            return model(torch.tensor(sum(documents, [])), positions, cu_seqlens, 17, attend=attend)
     found = packed(documents)
     expected = torch.cat([scores_of(model, document, plain_attention(bits)) for document in documents])
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
@@ -241,7 +248,7 @@ def test_a_nan_in_the_middle_of_a_prompt_stays_in_no_block(model, monkeypatch, n
 @pytest.mark.parametrize("bits", [8, 4])
 def test_an_interrupted_step_has_not_been(model, bits):
     check_interrupted(chapter, lambda: chapter.engine.Engine(model, Words(), 14, P, 16, 8, cache_bits=bits),
-                      chapter.generate.Sampling(temperature=1.0, seed=5))
+                      chapter.sampling.Sampling(temperature=1.0, seed=5))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -260,7 +267,9 @@ def test_a_step_without_memory_leaves_nothing_behind(model, monkeypatch, bits):
 # ------------------------------------------------------------------------------------------------------ what it costs
 
 def test_8_bits_are_nearer_than_4_and_a_channel_is_what_keys_share(model):
-    """A few channels of the keys are made large, as trained models have them: a scale for each token then loses the others."""
+    """A few channels of the keys are made large, as trained models have them: a scale for each token then loses the
+    others.
+    """
     quantized_cache = chapter.quantized_cache
     keys = torch.randn(6, 32, 2, 64, generator=torch.Generator().manual_seed(0))
     keys[..., 5] = 20 + keys[..., 5]
@@ -272,8 +281,9 @@ def test_8_bits_are_nearer_than_4_and_a_channel_is_what_keys_share(model):
     assert error(4, quantized_cache.KEYS) > 8 * error(8, quantized_cache.KEYS)
     assert error(4, quantized_cache.VALUES) > 2 * error(4, quantized_cache.KEYS)
     tokens = text(60)
-    exact = scores_of(model, tokens, chapter.model.packed_attention)
-    differences = [(scores_of(model, tokens, quantized_cache.rounded_attention(bits, 16)) - exact).abs().mean() / exact.abs().mean()
+    exact, whole = scores_of(model, tokens, None), torch.tensor([0, 60])
+    differences = [(scores_of(model, tokens, quantized_cache.rounded_attention(whole, bits, 16)) - exact).abs().mean()
+                   / exact.abs().mean()
                    for bits in (8, 4)]
     assert 0 < differences[0] < 0.01 and differences[1] > 5 * differences[0]
 
@@ -293,13 +303,14 @@ def test_what_it_holds_in_bytes(bits, a_token):
         pool = chapter.kv_cache.BlockPool(10, 32)
         cache = chapter.quantized_cache.QuantizedPagedCache(config, pool, bits, tails, "meta", torch.bfloat16)
     heads = config.num_hidden_layers * config.num_key_value_heads
-    assert a_token == heads * (2 * 128 * bits // 8 + 2 * 2 + 2 * 2 * 128 // 32)   # integers, values' scales, keys' scales
+    # Integers, values' scales, keys' scales.
+    assert a_token == heads * (2 * 128 * bits // 8 + 2 * 2 + 2 * 2 * 128 // 32)
     assert cache.nbytes() == 10 * 32 * a_token + tails * 32 * 114_688
 
 
 def test_bits_that_are_not_known(model, text_file):
     for bits in (0, 2, 16):
-        with pytest.raises(chapter.errors.InputError, match=f"{bits} bits"):
+        with pytest.raises(chapter.cli.InputError, match=f"{bits} bits"):
             chapter.engine.Engine(model, Words(), 8, cache_bits=bits)
-    with pytest.raises(chapter.errors.InputError, match="--cache-bits"):
+    with pytest.raises(chapter.cli.InputError, match="--cache-bits"):
         run_here(chapter.engine, text_file, "--cache-bits", 3)

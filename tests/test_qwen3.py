@@ -1,4 +1,6 @@
-"""The model from chapter 2 on: equal to the reference Qwen3 in logits, gradients and files; documents that never see each other."""
+"""The model from chapter 2 on: equal to the reference Qwen3 in logits, gradients and files; documents that never see
+each other.
+"""
 import json
 import shutil
 from dataclasses import replace
@@ -25,9 +27,10 @@ LENGTHS = (7, 1, 12, 7, 3, 1, 20)
 
 @pytest.fixture(autouse=True, params=CHAPTERS)
 def each_chapter(request):
-    global chapter, qwen3, InputError, CONFIG
+    global chapter, qwen3, attention, pretrained, InputError, CONFIG
     chapter = CHAPTERS[request.param]
-    qwen3, InputError = chapter.model, chapter.errors.InputError
+    qwen3, attention, pretrained = chapter.model, chapter.attention, chapter.pretrained
+    InputError = chapter.cli.InputError
     CONFIG = qwen3.ModelConfig(**SIZES)
 
 
@@ -69,7 +72,8 @@ def gradients(model):
 def assert_same(ours, theirs, tolerance=1e-4):
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=tolerance,
+                                   msg=lambda m: f"{name}: {m}")
 
 
 def loss(logits, ids):
@@ -106,7 +110,8 @@ def test_packed_equals_one_by_one_equals_padded():
     expected = gradients(model)
 
     model.zero_grad()
-    alone = torch.cat([model(document, torch.arange(len(document)), torch.tensor([0, len(document)]).int(), len(document))
+    alone = torch.cat([model(document, torch.arange(len(document)), torch.tensor([0, len(document)]).int(),
+                             len(document))
                        for document in ids.split(LENGTHS)])
     torch.testing.assert_close(alone, packed, atol=1e-5, rtol=1e-5)
     loss(alone, ids).backward()
@@ -126,7 +131,8 @@ def test_packed_equals_one_by_one_equals_padded():
 def test_published_numbers_of_parameters():
     counts = {"qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
               "qwen3-8b": 8_190_735_360, "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264}
-    assert counts.keys() == qwen3.CONFIGS.keys() - {"small", "medium", "small-moe", "qwen3-30b-a3b"}   # with experts: test_moe.py
+    # With experts: test_moe.py.
+    assert counts.keys() == qwen3.CONFIGS.keys() - {"small", "medium", "small-moe", "qwen3-30b-a3b"}
     for name, count in counts.items():
         with torch.device("meta"):
             assert qwen3.Transformer(qwen3.CONFIGS[name]).num_parameters() == count, name
@@ -217,7 +223,7 @@ def random_qkv(T, H=6, G=2, K=8):
 def test_packed_attention_equals_the_formula(lengths):
     _, _, cu_seqlens, max_seqlen = pack(lengths)
     qkv = random_qkv(sum(lengths))
-    ours, theirs = qwen3.packed_attention(*qkv, cu_seqlens, max_seqlen), attention_formula(*qkv, cu_seqlens)
+    ours, theirs = attention.packed_attention(*qkv, cu_seqlens, max_seqlen), attention_formula(*qkv, cu_seqlens)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     direction = torch.randn_like(ours)
     for a, b in zip(torch.autograd.grad(ours, qkv, direction), torch.autograd.grad(theirs, qkv, direction)):
@@ -226,11 +232,12 @@ def test_packed_attention_equals_the_formula(lengths):
 
 def test_many_short_documents_take_few_calls(monkeypatch):
     """In any order in chapter 2. Later, neighbours of equal length share a call, and the packer sorts."""
-    where, name = (chapter.operators, "flash") if hasattr(chapter, "operators") else (F, "scaled_dot_product_attention")
+    where, name = ((chapter.custom_ops, "flash") if hasattr(chapter, "custom_ops")
+                   else (F, "scaled_dot_product_attention"))
     calls, library = [], getattr(where, name)
     monkeypatch.setattr(where, name, lambda *a, **k: calls.append(a[0].shape) or library(*a, **k))
     _, _, cu_seqlens, max_seqlen = pack((3, 5, 4) * 50 if where is F else (3,) * 50 + (4,) * 50 + (5,) * 50)
-    qwen3.packed_attention(*random_qkv(600), cu_seqlens, max_seqlen)
+    attention.packed_attention(*random_qkv(600), cu_seqlens, max_seqlen)
     assert calls == [(50, 6, 3, 8), (50, 6, 4, 8), (50, 6, 5, 8)]
 
 
@@ -247,27 +254,29 @@ def test_the_cuda_path_calls_varlen_attn_rightly(monkeypatch, gqa):
     """With a stand-in for the kernel: the same result, with and without its argument for grouped queries."""
     _, _, cu_seqlens, max_seqlen = pack()
     q, k, v = random_qkv(sum(LENGTHS))
-    expected = qwen3.packed_attention(q, k, v, cu_seqlens, max_seqlen)
-    monkeypatch.setattr(qwen3, "varlen_obstacle", lambda device, dtype: None)
-    monkeypatch.setattr(qwen3, "varlen_attn", varlen_by_loop)
-    monkeypatch.setattr(qwen3, "VARLEN_GQA", gqa)
-    torch.testing.assert_close(qwen3.packed_attention(q, k, v, cu_seqlens, max_seqlen), expected, atol=1e-5, rtol=1e-5)
-    autocast = qwen3.packed_attention(q, k, v.bfloat16(), cu_seqlens, max_seqlen)   # norms leave q and k in float32
+    expected = attention.packed_attention(q, k, v, cu_seqlens, max_seqlen)
+    monkeypatch.setattr(attention, "varlen_obstacle", lambda device, dtype: None)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_by_loop)
+    monkeypatch.setattr(attention, "VARLEN_GQA", gqa)
+    torch.testing.assert_close(attention.packed_attention(q, k, v, cu_seqlens, max_seqlen), expected,
+                               atol=1e-5, rtol=1e-5)
+    autocast = attention.packed_attention(q, k, v.bfloat16(), cu_seqlens, max_seqlen)   # norms leave q and k in float32
     assert autocast.dtype == torch.bfloat16
     ids, *packing = pack()
     assert make_model()(ids, *packing).isfinite().all()
 
 
 def test_attention_path_says_which_and_why(monkeypatch):
-    assert "one call for each document length (varlen_attn needs a CUDA GPU)" in qwen3.attention_path("cpu", torch.bfloat16)
+    assert ("one call for each document length (varlen_attn needs a CUDA GPU)"
+            in attention.attention_path("cpu", torch.bfloat16))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert qwen3.attention_path("cuda", torch.bfloat16) == "attention by varlen_attn, one kernel for all documents"
-    assert "not float32" in qwen3.attention_path("cuda", torch.float32)
+    assert attention.attention_path("cuda", torch.bfloat16) == "attention by varlen_attn, one kernel for all documents"
+    assert "not float32" in attention.attention_path("cuda", torch.float32)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-    assert "by varlen_attn" in qwen3.attention_path("cuda", torch.float32)
+    assert "by varlen_attn" in attention.attention_path("cuda", torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "Ampere" in qwen3.attention_path("cuda", torch.bfloat16)
+    assert "Ampere" in attention.attention_path("cuda", torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -275,7 +284,7 @@ def test_varlen_attn_equals_the_cpu_path():
     _, _, cu_seqlens, max_seqlen = pack()
     qkv = [x.detach().bfloat16().requires_grad_() for x in random_qkv(sum(LENGTHS), K=64)]
     cuda = [x.detach().cuda().requires_grad_() for x in qkv]
-    ours = qwen3.packed_attention(*cuda, cu_seqlens.cuda(), max_seqlen)
+    ours = attention.packed_attention(*cuda, cu_seqlens.cuda(), max_seqlen)
     theirs = attention_formula(*(x.float() for x in qkv), cu_seqlens)
     torch.testing.assert_close(ours.float().cpu(), theirs, atol=2e-2, rtol=2e-2)
     direction = torch.randn_like(theirs)
@@ -294,19 +303,23 @@ def test_the_model_on_cuda_equals_the_cpu(dtype):
 
 
 def in_sight(q, k, v, cu_seqlens):
-    """The attention of operators.py by operations that torch's FLOP counter knows."""
-    return [torch.cat([F.scaled_dot_product_attention(*stack, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
-                       for stack in chapter.operators.stacks(cu_seqlens, q, k, v)])]
+    """The attention of custom_ops.py by operations that torch's FLOP counter knows."""
+    return [torch.cat([F.scaled_dot_product_attention(*stack, is_causal=True,
+                                                      enable_gqa=True).transpose(1, 2).flatten(0, 1)
+                       for stack in chapter.custom_ops.stacks(cu_seqlens, q, k, v)])]
 
 
 def test_flops_per_token_agrees_with_torch(monkeypatch):
     """The formula against torch's own counter: attention costs sum(L^2), not T^2."""
-    if hasattr(chapter, "operators"):
-        monkeypatch.setattr(qwen3, "grouped_attention", in_sight)
+    if hasattr(chapter, "custom_ops"):
+        monkeypatch.setattr(attention, "grouped_attention", in_sight)
     model, batch = make_model(), pack()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):   # the plain formula, easily counted
         model(*batch).sum().backward()
-    predicted = model.flops_per_token(batch[2]) * sum(LENGTHS)
+    if hasattr(chapter, "flops"):
+        predicted = chapter.flops.total_flops(model.config, batch[2])
+    else:
+        predicted = model.flops_per_token(batch[2]) * sum(LENGTHS)
     assert predicted == pytest.approx(counter.get_total_flops(), rel=1e-12)
 
 
@@ -317,17 +330,18 @@ def test_flops_per_token_agrees_with_torch(monkeypatch):
 def test_transformers_opens_what_we_save(tmp_path, tied, dtype):
     config = replace(CONFIG, tie_word_embeddings=tied, rope_theta=5e4, rms_norm_eps=0.01, eos_token_id=3)
     model = make_model(config).to(dtype)
-    qwen3.save_pretrained(model, tmp_path / "model")
+    pretrained.save_pretrained(model, tmp_path / "model")
     reference = Qwen3ForCausalLM.from_pretrained(tmp_path / "model")
     assert reference.dtype == dtype and reference.generation_config.eos_token_id == 3
     ids, *packing = pack((30,))
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(model(ids, *packing), reference(ids[None]).logits[0], atol=tolerance, rtol=tolerance)
 
-    again = qwen3.load_pretrained(tmp_path / "model")
-    assert vars(again.config) == vars(model.config) and (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    again = pretrained.load_pretrained(tmp_path / "model")
+    assert vars(again.config) == vars(model.config)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
     assert torch.equal(again(ids, *packing), model(ids, *packing))
-    assert qwen3.load_pretrained(tmp_path / "model", dtype=torch.float16).model.norm.weight.dtype == torch.float16
+    assert pretrained.load_pretrained(tmp_path / "model", dtype=torch.float16).model.norm.weight.dtype == torch.float16
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -336,7 +350,7 @@ def test_we_open_what_transformers_saves(tmp_path, tied, shard):
     reference = reference_qwen3(make_model(replace(CONFIG, tie_word_embeddings=tied, rope_theta=5e4)))
     reference.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == (shard == "20KB")
-    model = qwen3.load_pretrained(tmp_path)
+    model = pretrained.load_pretrained(tmp_path)
     ids, *packing = pack((30,))
     ours, theirs = model(ids, *packing), reference(ids[None]).logits[0]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -348,7 +362,7 @@ def test_we_open_what_transformers_saves(tmp_path, tied, shard):
 @pytest.fixture
 def folder(tmp_path):
     """A checkpoint, to be damaged."""
-    qwen3.save_pretrained(make_model(), tmp_path / "model")
+    pretrained.save_pretrained(make_model(), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -360,23 +374,23 @@ def edit_config(folder, **changes):
 
 def test_a_published_folder_opens(folder):
     """As the hub has Qwen3-0.6B: written by transformers 4, and the tied table stored twice."""
-    expected = qwen3.load_pretrained(folder)
+    expected = pretrained.load_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
     edit_config(folder, rope_parameters=..., eos_token_id=..., rope_scaling=None, rope_theta=10000, sliding_window=None,
                 max_window_layers=28, use_cache=True, initializer_range=0.02, transformers_version="4.51.0")
-    model = qwen3.load_pretrained(folder)
+    model = pretrained.load_pretrained(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model(*pack()), expected(*pack()))
 
 
 def test_loading_takes_the_memory_of_one_model(tmp_path):
     model = qwen3.Transformer(replace(CONFIG, hidden_size=512, intermediate_size=1536, num_hidden_layers=10))
-    qwen3.save_pretrained(model, tmp_path)
-    script = ("import resource, sys, model\n"
+    pretrained.save_pretrained(model, tmp_path)
+    script = ("import resource, sys, pretrained\n"
               "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
               "before = peak()\n"
-              "loaded = model.load_pretrained(sys.argv[1])\n"
+              "loaded = pretrained.load_pretrained(sys.argv[1])\n"
               "print((peak() - before) * (1 if sys.platform == 'darwin' else 1024))")
     done = warm.run("-c", script, tmp_path, cwd=chapter.folder)   # a process of its own, whose memory nobody else used
     size = (tmp_path / "model.safetensors").stat().st_size
@@ -387,7 +401,7 @@ def test_loading_takes_the_memory_of_one_model(tmp_path):
 
 def expect_error(*words, load):
     with pytest.raises(InputError) as caught:
-        qwen3.load_pretrained(load)
+        pretrained.load_pretrained(load)
     message = str(caught.value)
     assert "\n" not in message and all(str(word) in message for word in words), message
 
@@ -460,7 +474,7 @@ def test_damaged_shards_are_named(tmp_path):
 def test_the_single_file_counts_where_there_is_an_old_index_too(folder):
     """As transformers does. Otherwise training into a folder of shards would seem to have changed nothing."""
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "gone"}}))
-    qwen3.load_pretrained(folder)
+    pretrained.load_pretrained(folder)
 
 
 def test_a_tied_head_that_differs_from_the_table_is_named(folder):
@@ -473,13 +487,14 @@ def test_weights_of_several_dtypes_become_one_and_integers_are_named(folder):
     weights = load_file(folder / "model.safetensors")
     save_file({name: weight if "norm" in name else weight.bfloat16() for name, weight in weights.items()},
               folder / "model.safetensors")
-    assert {weight.dtype for weight in qwen3.load_pretrained(folder).parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in pretrained.load_pretrained(folder).parameters()} == {torch.bfloat16}
     save_file(weights | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, folder / "model.safetensors")
     expect_error("model.norm.weight", "int8", load=folder)
 
 
 @pytest.mark.parametrize("changes", [
-    dict(layer_types=5), dict(layer_types=[{}]), dict(vocab_size=True), dict(hidden_size=10 ** 30), dict(rms_norm_eps=-1.0),
+    dict(layer_types=5), dict(layer_types=[{}]), dict(vocab_size=True), dict(hidden_size=10 ** 30),
+    dict(rms_norm_eps=-1.0),
     dict(rope_parameters={"rope_theta": 0.0}, rope_theta=0.0), dict(rms_norm_eps=float("inf"))], ids=str)
 def test_numbers_that_no_model_has_are_named(folder, changes):
     edit_config(folder, **changes)
@@ -488,10 +503,10 @@ def test_numbers_that_no_model_has_are_named(folder, changes):
 
 def test_hub_names(monkeypatch, folder):
     asked = []
-    monkeypatch.setattr(qwen3.huggingface_hub, "snapshot_download",
+    monkeypatch.setattr(pretrained.huggingface_hub, "snapshot_download",
                         lambda name, revision, allow_patterns: asked.append((name, revision)) or str(folder))
     for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B@main", "someone/Qwen3-tuned"):
-        assert vars(qwen3.load_pretrained(name).config) == vars(CONFIG)
+        assert vars(pretrained.load_pretrained(name).config) == vars(CONFIG)
     assert asked == [("Qwen/Qwen3-0.6B", "c1899de289a04d12100db370d81485cdf75e47ca"), ("Qwen/Qwen3-0.6B", "main"),
                      ("someone/Qwen3-tuned", None)]
     for nonsense in ("nowhere", "no/such/folder", "/no/such/folder", "Qwen3-0.6B"):
@@ -499,10 +514,11 @@ def test_hub_names(monkeypatch, folder):
 
 
 def test_no_network_is_one_line(tmp_path):
-    script = ("import sys, errors, model\n"
+    script = ("import sys, cli, pretrained\n"
               "from huggingface_hub import constants\n"
-              "constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = True, sys.argv[1]   # the variables of that name were read long ago\n"
-              "errors.run(lambda: model.load_pretrained('Qwen/Qwen3-0.6B'))")
+              "constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = True, sys.argv[1]   # the variables of that name"
+              " were read long ago\n"
+              "cli.run(lambda: pretrained.load_pretrained('Qwen/Qwen3-0.6B'))")
     done = warm.run("-c", script, tmp_path, cwd=chapter.folder)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "Qwen/Qwen3-0.6B" in done.stderr and "without network, give a folder" in done.stderr

@@ -10,9 +10,11 @@ from transformers import AutoTokenizer
 from chapters import load_chapter
 
 chapter2 = load_chapter("chapter-02-qwen3-packed")
-TEXTS = ["the king's  speech\n\nIt'S 2024, isn't it?", "naïve cafe\u0301 日本語 🙂🏽", "  \t x \r\n\r\n y", "<|im_end|> typed", "\u2028\x85\x00",
+TEXTS = ["the king's  speech\n\nIt'S 2024, isn't it?", "naïve cafe\u0301 日本語 🙂🏽", "  \t x \r\n\r\n y",
+         "<|im_end|> typed", "\u2028\x85\x00",
          "a" * 50, " 1234567 3.14", ""]
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "\n\n 2 + 2?"}, {"role": "assistant", "content": "4"},
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "\n\n 2 + 2?"},
+        {"role": "assistant", "content": "4"},
         {"role": "user", "content": "<|im_end|> says who?"}, {"role": "assistant", "content": "né\n\nbis"}]
 
 
@@ -57,7 +59,8 @@ def test_reload(tokenizer, folder, tmp_path):
     contents = json.loads((folder / "tokenizer.json").read_text())
     added = {token["id"]: {"content": token["content"], "special": True} for token in contents["added_tokens"]}
     (tmp_path / "vocab.json").write_text(json.dumps(contents["model"]["vocab"]))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in contents["model"]["merges"]) + "\n")
+    merges = "\n".join(" ".join(m) for m in contents["model"]["merges"])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     loaded = chapter2.tokenizer.load_tokenizer(tmp_path)
     assert loaded.ranks == tokenizer.ranks and loaded.special_tokens == tokenizer.special_tokens
@@ -75,7 +78,8 @@ def test_conversations_equal_the_chat_template(tokenizer, folder):
 def test_only_what_the_assistant_says_is_learned(tokenizer):
     ids, counts = tokenizer.encode_conversation(CHAT)
     learned = [i for i, count in zip(ids, counts) if count]
-    assert learned == [*tokenizer.encode("4"), tokenizer.end_of_turn, *tokenizer.encode("né\n\nbis"), tokenizer.end_of_turn]
+    assert learned == [*tokenizer.encode("4"), tokenizer.end_of_turn, *tokenizer.encode("né\n\nbis"),
+                       tokenizer.end_of_turn]
     assert ids.count(tokenizer.end_of_turn) == len(CHAT)   # one a message, whatever people type
 
 
@@ -85,7 +89,7 @@ def test_ids_that_cannot_be_are_named(tokenizer, tmp_path, vocab):
     saved = json.loads((tmp_path / "tokenizer.json").read_text())
     saved["model"]["vocab"] |= vocab
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
-    with pytest.raises(chapter2.errors.InputError):
+    with pytest.raises(chapter2.cli.InputError):
         chapter2.tokenizer.load_tokenizer(tmp_path)
 
 
@@ -96,7 +100,8 @@ def test_marks_in_a_text_become_their_tokens(marked, folder, tmp_path):
     theirs, loaded = AutoTokenizer.from_pretrained(tmp_path), chapter2.tokenizer.load_tokenizer(tmp_path)
     combining = ["", "\u0338", "\u0301\u0323", "\u20e3", "\u3099", "\u1161", " ", "\n"]
     texts = ["<think>\nwell, </think>\n\nyes <think>", "<tool_call><tool_calls><tool>", "<think\u0338>"]
-    texts += [before + mark + after + mark for mark in (*marked.marks, "<|im_end|>", "<|endoftext|>") for after in combining
+    texts += [before + mark + after + mark for mark in (*marked.marks, "<|im_end|>", "<|endoftext|>")
+              for after in combining
               for before in ("", "e", "\u0301", "\u1100")]
     for text in texts:
         ids = plain(theirs, text)
@@ -107,12 +112,16 @@ def test_marks_in_a_text_become_their_tokens(marked, folder, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ very long words
 
-RUNS = [" ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u2028", " \n", "\u00a0 ", "\t\u3000", "a", "1", "!", "-=", "e\u0301", "\u0301", "🙂"]
+RUNS = [" ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u2028", " \n", "\u00a0 ", "\t\u3000", "a", "1", "!", "-=",
+        "e\u0301", "\u0301", "🙂"]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=ascii)
 def test_a_long_run_of_anything_is_what_transformers_makes_of_it(marked, tokenizer, folder, run, monkeypatch):
-    """As long as both can; a million after that. What tiktoken refuses is split here, so that is tried at both lengths."""
+    """As long as both can; a million after that.
+
+    What tiktoken refuses is split here, so that is tried at both lengths.
+    """
     theirs = AutoTokenizer.from_pretrained(folder)
     for before, after in itertools.product(("", "x", "!", "\n "), ("", "x", "\nx", " ", "\u0338")):
         text = before + run * (3_000 // len(run)) + after

@@ -45,12 +45,14 @@ def test_commands_name_scripts_and_flags_that_exist(readme):
         words = shlex.split(command)
         scripts = [word for word in words if word.endswith(".py")]
         for path in [word for word in words if "/" in word and not word.startswith("-")]:
+            # A hub name has a pinned revision in pretrained.py.
             known = ((CHAPTERS_ROOT / path).exists() or "/out" in path or path.startswith(("http", "out"))
-                     or f'"{path}":' in (readme.parent / "model.py").read_text())   # a hub name with a pinned revision
+                     or f'"{path}":' in (readme.parent / "pretrained.py").read_text())
             assert known, f"{readme}: {command}: no {path}"
         own = words[words.index(scripts[-1]):] if scripts else []   # what stands before the script is torchrun's
         for flag in [word.partition("=")[0] for word in own if word.startswith("--")]:
-            assert flag in (CHAPTERS_ROOT / scripts[-1]).read_text(), f"{readme}: {command}: {scripts[-1]} has no {flag}"
+            assert flag in (CHAPTERS_ROOT
+                            / scripts[-1]).read_text(), f"{readme}: {command}: {scripts[-1]} has no {flag}"
 
 
 @readme_test
@@ -62,7 +64,8 @@ def test_files_and_tests_named_in_the_text_exist(readme):
         found = [*CHAPTERS_ROOT.glob(f"*/{name}"), *CHAPTERS_ROOT.glob(f"*/*/{name}")]
         assert found or name in ("config.json", "summary.json", "tokenizer.json"), f"{readme}: {name}"
     for name in re.findall(r"`(test_\w+)`", text):
-        assert any(f"def {name}(" in path.read_text() for path in (CHAPTERS_ROOT / "tests").glob("*.py")), f"{readme}: {name}"
+        files = (CHAPTERS_ROOT / "tests").glob("*.py")
+        assert any(f"def {name}(" in path.read_text() for path in files), f"{readme}: {name}"
 
 
 @readme_test
@@ -70,9 +73,11 @@ def test_the_file_tree_is_complete(readme):
     """A block that begins with the folder's name lists all of its files, each line beginning with the name."""
     if readme.parent == CHAPTERS_ROOT:
         return
-    listed = [line.split()[0] for block in code_blocks(readme.read_text(), "text") if block.startswith(readme.parent.name)
+    listed = [line.split()[0] for block in code_blocks(readme.read_text(), "text")
+              if block.startswith(readme.parent.name)
               for line in block.splitlines()[1:] if line.strip()]
-    scripts = {path.name for path in readme.parent.glob("*.py")}
+    scripts = {str(path.relative_to(readme.parent)) for path in readme.parent.rglob("*.py")
+               if path.name != "__init__.py"}
     assert scripts == {name for name in listed if name.endswith(".py")}
 
 

@@ -9,6 +9,7 @@ import sys
 import zlib
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from chapters import load_chapter
 
 CHAPTER = "chapter-06-parallelism"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-# Ways to cut a model. In "late" and "thin" some ranks have no rows; in "late" the first one begins where the second does.
+# Ways to cut a model. In "late" and "thin" some ranks have no rows; in "late" the first one begins where the second
+# does.
 LAYOUTS = ("replicas", "rows", "late", "thin", "columns", "both", "stages")
 
 
@@ -53,27 +55,30 @@ def rows(length, ranks, rank):
 def cut(chapter, parameter, layout, size, rank):
     """The part of a labelled parameter that a rank has in a layout, or None."""
     def along(dim, ranks, place):
-        return lambda p: chapter.parallel.cut(p, dim, *rows(p.shape[dim], ranks, place))
+        return lambda p: chapter.parallel.mesh.cut(p, dim, *rows(p.shape[dim], ranks, place))
 
     name, cuts = parameter.piece.name, []
     if layout == "rows":
         cuts = [along(0, size, rank)]
     elif layout == "late":
-        cuts = [along(0, size - 1, rank - 1) if rank else lambda p: chapter.parallel.cut(p, 0, 0, 0)]
+        cuts = [along(0, size - 1, rank - 1) if rank else lambda p: chapter.parallel.mesh.cut(p, 0, 0, 0)]
     elif layout == "thin":   # five parts for fewer ranks than that: the first has two of them
         start, length = rows(parameter.shape[0], 5, rank + 1)
-        cuts = [lambda p: chapter.parallel.cut(p, 0, start, length) if rank else chapter.parallel.cut(p, 0, 0, start + length)]
+        cuts = [lambda p: chapter.parallel.mesh.cut(p, 0, start, length) if rank
+                else chapter.parallel.mesh.cut(p, 0, 0, start + length)]
         if rank == size - 1:
-            cuts = [lambda p: chapter.parallel.cut(p, 0, start, p.shape[0] - start)]
+            cuts = [lambda p: chapter.parallel.mesh.cut(p, 0, start, p.shape[0] - start)]
     elif layout == "columns" and parameter.dim() == 2:
         cuts = [along(1, size, rank)]
     elif layout == "both":
         cuts = [along(0, 2, rank // 2 if size > 2 else rank)]
         if parameter.dim() == 2 and size > 2:
             cuts.append(along(1, 2, rank % 2))
-    elif layout == "stages":   # the tied table is on the first and on the last; each stage is there twice with four ranks
+    # The tied table is on the first and on the last; each stage is there twice with four ranks.
+    elif layout == "stages":
         last = rank >= size / 2
-        if not ("embed_tokens" in name or (("layers.2" in name or name == "model.norm.weight") if last else "model.layers" in name
+        if not ("embed_tokens" in name or (("layers.2" in name or name == "model.norm.weight") if last
+                                           else "model.layers" in name
                                            and "layers.2" not in name)):
             return None
     for step in cuts:
@@ -87,11 +92,11 @@ MESHES = {}
 def make_mesh(chapter, size):
     """One for each world: each mesh opens connections of its own."""
     if size == 1:
-        return chapter.parallel.ALONE
+        return chapter.parallel.mesh.ALONE
     world = torch.distributed.group.WORLD
     if world not in MESHES:
         MESHES.clear()
-        MESHES[world] = chapter.parallel.make_mesh(dp=size)
+        MESHES[world] = chapter.parallel.mesh.make_mesh(dp=size)
     return MESHES[world]
 
 
@@ -103,17 +108,20 @@ def build(chapter, layout, size, rank, filled, step=3, **changes):
     """What a rank has of a model and its optimizer in a layout: all numbers as value() says if filled, else nan."""
     model = chapter.model.Transformer(config(chapter, **changes))
     mesh = make_mesh(chapter, size)
-    chapter.parallel.label(model, mesh)
+    chapter.parallel.mesh.label(model, mesh)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(value("weight", parameter.piece.name, parameter.shape) if filled else torch.tensor(float("nan")))
+            parameter.copy_(value("weight", parameter.piece.name, parameter.shape) if filled
+                            else torch.tensor(float("nan")))
     whole = list(model.parameters())
-    parts = torch.nn.ParameterList([part for part in (cut(chapter, p, layout, size, rank) for p in whole) if part is not None])
+    parts = torch.nn.ParameterList([part for part in (cut(chapter, p, layout, size, rank) for p in whole)
+                                    if part is not None])
     optimizer = adamw(parts)
     if filled:
         for part in parts:
             optimizer.state[part] = {"step": torch.tensor(float(step))} | {
-                key: value(key, part.piece.name, part.piece.shape)[where(part)].contiguous() for key in ("exp_avg", "exp_avg_sq")}
+                key: value(key, part.piece.name, part.piece.shape)[where(part)].contiguous()
+                for key in ("exp_avg", "exp_avg_sq")}
     return mesh, parts, optimizer
 
 
@@ -136,7 +144,7 @@ def wrong(chapter, parts, optimizer):
 
 
 def write(chapter, folder, parts, optimizer, mesh, step=3, **changes):
-    chapter.sharded_checkpoint.save_sharded(folder, config(chapter, **changes), parts, optimizer,
+    chapter.parallel.checkpoint.save_sharded(folder, config(chapter, **changes), parts, optimizer,
                                             {"step": step, "settings": {"seed": 1}}, tokenizer_of(chapter), mesh)
 
 
@@ -147,7 +155,7 @@ def save(chapter, folder, layout, size, rank, step=3, **changes):
 
 def load(chapter, folder, layout, size, rank):
     mesh, parts, optimizer = build(chapter, layout, size, rank, filled=False)
-    state = chapter.sharded_checkpoint.load_sharded(folder, parts, optimizer, mesh)
+    state = chapter.parallel.checkpoint.load_sharded(folder, parts, optimizer, mesh)
     return [] if state == {"step": 3, "settings": {"seed": 1}} else [str(state)], wrong(chapter, parts, optimizer)
 
 
@@ -174,7 +182,7 @@ def chain(chapter, folder, source, layout):
     size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     mesh, parts, optimizer = build(chapter, layout, size, rank, filled=source is None)
     if source:
-        chapter.sharded_checkpoint.load_sharded(folder / source, parts, optimizer, mesh)
+        chapter.parallel.checkpoint.load_sharded(folder / source, parts, optimizer, mesh)
     write(chapter, folder / layout, parts, optimizer, mesh)
     return wrong(chapter, parts, optimizer)
 
@@ -183,7 +191,7 @@ def test_from_4_ranks_to_2_to_1_to_4(ranks, chapter, tmp_path):
     assert ranks(4, chain, tmp_path, None, "both") == [[]] * 4
     assert ranks(2, chain, tmp_path, "both", "columns") == [[]] * 2
     mesh, parts, optimizer = build(chapter, "replicas", 1, 0, filled=False)
-    chapter.sharded_checkpoint.load_sharded(tmp_path / "columns", parts, optimizer, mesh)
+    chapter.parallel.checkpoint.load_sharded(tmp_path / "columns", parts, optimizer, mesh)
     assert wrong(chapter, parts, optimizer) == []
     write(chapter, tmp_path / "one", parts, optimizer, mesh)
     assert ranks(4, chain, tmp_path, "one", "stages") == [[]] * 4
@@ -191,7 +199,8 @@ def test_from_4_ranks_to_2_to_1_to_4(ranks, chapter, tmp_path):
     whole = sum(p.numel() for p in chapter.model.Transformer(config(chapter)).parameters()) * 4 * 3
     for folder in ("both", "columns", "one", "stages"):
         shards = [load_file(path) for path in (tmp_path / folder).glob("*.safetensors")]
-        stored = [tensor for shard in shards for name, tensor in shard.items() if not name.startswith(("step.", "random"))]
+        stored = [tensor for shard in shards for name, tensor in shard.items()
+                  if not name.startswith(("step.", "random"))]
         assert sum(tensor.nbytes for tensor in stored) == whole, folder
 
 
@@ -205,7 +214,7 @@ def noise(chapter, folder):
     for source in ("four", "one"):
         torch.manual_seed(rank)
         mesh, parts, optimizer = build(chapter, "rows", size, rank, filled=False)
-        chapter.sharded_checkpoint.load_sharded(folder / source, parts, optimizer, mesh)
+        chapter.parallel.checkpoint.load_sharded(folder / source, parts, optimizer, mesh)
         drawn.append(torch.rand(3))
     return drawn
 
@@ -224,7 +233,7 @@ def test_the_next_steps_are_those_of_a_run_that_went_on(ranks, chapter, tmp_path
     ranks(4, save_in, tmp_path / "checkpoint", "both")
     _, whole, optimizer = build(chapter, "replicas", 1, 0, filled=True)
     mesh, resumed, other = build(chapter, "replicas", 1, 0, filled=False)
-    chapter.sharded_checkpoint.load_sharded(tmp_path / "checkpoint", resumed, other, mesh)
+    chapter.parallel.checkpoint.load_sharded(tmp_path / "checkpoint", resumed, other, mesh)
     for parts, adam in ((whole, optimizer), (resumed, other)):
         for _ in range(2):
             for part in parts:
@@ -245,7 +254,7 @@ def test_before_the_first_step_and_without_gradients(chapter, tmp_path):
     optimizer.step()
     write(chapter, tmp_path / "checkpoint", parts, optimizer, mesh)
     mesh, others, resumed = build(chapter, "replicas", 1, 0, filled=False)
-    chapter.sharded_checkpoint.load_sharded(tmp_path / "checkpoint", others, resumed, mesh)
+    chapter.parallel.checkpoint.load_sharded(tmp_path / "checkpoint", others, resumed, mesh)
     for adam, some in ((optimizer, parts), (resumed, others)):
         for part in some:
             part.grad = torch.ones_like(part)
@@ -263,7 +272,7 @@ def test_only_safetensors_and_json(ranks, tmp_path):
 
 def test_large_parts_are_written_in_several_files(chapter, tmp_path, monkeypatch):
     """DCP holds two copies of what it writes into a file."""
-    monkeypatch.setattr(chapter.sharded_checkpoint, "FILE_BYTES", 5000)
+    monkeypatch.setattr(chapter.parallel.checkpoint, "FILE_BYTES", 5000)
     save(chapter, tmp_path / "checkpoint", "replicas", 1, 0)
     sizes = [path.stat().st_size for path in (tmp_path / "checkpoint").glob("*.safetensors")]
     assert len(sizes) > 8 and max(sizes) < 15000
@@ -277,8 +286,8 @@ class Killed(BaseException):
 
 
 def test_a_complete_checkpoint_exists_at_every_instant(chapter, tmp_path, monkeypatch):
-    """Kill before each operation on the disk in turn; what a resume then finds is whole, and either the old or the new."""
-    sharded, checkpoint = chapter.sharded_checkpoint, chapter.checkpoint
+    """Kill before each operation on the disk in turn; what a resume then finds is whole, and the old or the new."""
+    sharded, checkpoint = chapter.parallel.checkpoint, chapter.checkpoint
 
     def save_in(out, step):
         save(chapter, out / "checkpoint", "replicas", 1, 0, step)
@@ -289,7 +298,8 @@ def test_a_complete_checkpoint_exists_at_every_instant(chapter, tmp_path, monkey
         assert {optimizer.state[part]["step"].item() for part in parts} == {state["step"]}
         return state["step"]
 
-    operations = [(os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "write_text"), (Path, "mkdir"), (Path, "open"),
+    operations = [(os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "write_text"), (Path, "mkdir"),
+                  (Path, "open"),
                   (checkpoint.shutil, "rmtree")]
     outcomes = []
     for survives in range(100):
@@ -322,7 +332,7 @@ def refused(chapter, work, *arguments):
     """The InputError's words, or None."""
     try:
         work(*arguments)
-    except chapter.errors.InputError as error:
+    except chapter.cli.InputError as error:
         return str(error)
 
 
@@ -337,7 +347,8 @@ def full_disk(chapter, folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     elsewhere = folder.parent / "elsewhere"
     (elsewhere / ".checkpoint.unfinished").mkdir(parents=True, exist_ok=True)
-    answers.append(refused(chapter, save, chapter, elsewhere / "checkpoint" if rank == 1 else folder, "rows", size, rank))
+    answers.append(refused(chapter, save, chapter, elsewhere / "checkpoint" if rank == 1 else folder,
+                           "rows", size, rank))
     mesh, parts, optimizer = build(chapter, "rows", size, rank, filled=rank != 3)
     answers.append(refused(chapter, write, chapter, folder, parts, optimizer, mesh))
     answers.append(refused(chapter, save, chapter, Path("/proc/nowhere/checkpoint"), "rows", size, rank))
@@ -391,7 +402,8 @@ DAMAGES = {
     "spoil": spoil,
     "plain": lambda folder: (folder / "state.json").write_text('{"step": 3}'),
 }
-EXPECTED = {"shorten": "shard-00003-", "lose": "shard-00003-", "confuse": "numbers of", "state": "state.json", "spoil": "nan or inf",
+EXPECTED = {"shorten": "shard-00003-", "lose": "shard-00003-", "confuse": "numbers of", "state": "state.json",
+            "spoil": "nan or inf",
             "plain": "sharded"}
 
 
@@ -408,16 +420,16 @@ def test_another_model_is_refused(chapter, tmp_path):
                    "tie_word_embeddings": (False, "lm_head.weight", "missing")}
     for name, (setting, *words) in differences.items():
         mesh, parts, optimizer = build(chapter, "replicas", 1, 0, filled=False, **{name: setting})
-        error = refused(chapter, chapter.sharded_checkpoint.load_sharded, tmp_path, parts, optimizer, mesh)
+        error = refused(chapter, chapter.parallel.checkpoint.load_sharded, tmp_path, parts, optimizer, mesh)
         assert error and all(word in error for word in [*words, str(tmp_path)]), error
     mesh, parts, optimizer = build(chapter, "replicas", 1, 0, filled=False, num_hidden_layers=2)
-    error = refused(chapter, chapter.sharded_checkpoint.load_sharded, tmp_path, parts, optimizer, mesh)
+    error = refused(chapter, chapter.parallel.checkpoint.load_sharded, tmp_path, parts, optimizer, mesh)
     assert error and "11 tensors are not in this model, the first is model.layers.2." in error
     mesh, parts, optimizer = build(chapter, "replicas", 1, 0, filled=False)
     parts.bfloat16()
     for part, labelled in zip(parts, build(chapter, "replicas", 1, 0, filled=False)[1]):
         part.piece = labelled.piece
-    error = refused(chapter, chapter.sharded_checkpoint.load_sharded, tmp_path, parts, adamw(parts), mesh)
+    error = refused(chapter, chapter.parallel.checkpoint.load_sharded, tmp_path, parts, adamw(parts), mesh)
     assert error and "torch.float32" in error and "torch.bfloat16" in error, error
 
 
@@ -431,7 +443,7 @@ def test_export_opens_in_transformers(ranks, chapter, tmp_path, changes):
     ranks(4, save_changed, tmp_path / "checkpoint", "both", changes)
     (tmp_path / ".model.unfinished").mkdir()   # what an export that was killed has left
     before = torch.get_rng_state()
-    chapter.sharded_checkpoint.export(tmp_path)
+    chapter.parallel.checkpoint.export(tmp_path)
     assert torch.equal(before, torch.get_rng_state())   # or an export would change the training
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", *chapter.checkpoint.MODEL_FILES}
     assert chapter.checkpoint.read_metadata(tmp_path / "model.safetensors").keys() == {"format", "tokenizer"}
@@ -448,7 +460,7 @@ def save_changed(chapter, folder, layout, changes):
     size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     save(chapter, folder, layout, size, rank, **changes)
     if rank == 0:   # within the group, while the others do something else
-        model, _ = chapter.sharded_checkpoint.gather_model(folder)
+        model, _ = chapter.parallel.checkpoint.gather_model(folder)
         assert torch.equal(model.model.norm.weight, value("weight", "model.norm.weight", (12,)))
 
 
@@ -458,11 +470,14 @@ def test_save_checkpoint_writes_both(chapter, tmp_path):
     changes = {"vocab_size": tokenizer.vocab_size}
     mesh, parts, optimizer = build(chapter, "replicas", 1, 0, filled=True, **changes)
     state = {"step": 3, "settings": {"seed": 1}}
-    chapter.sharded_checkpoint.save_checkpoint(tmp_path, config(chapter, **changes), parts, optimizer, state, tokenizer, mesh)
+    of_train = SimpleNamespace(parameters=parts, inner=optimizer, scaler=chapter.precision.GradScaler("fp32"))
+    chapter.training_state.save_checkpoint(tmp_path, SimpleNamespace(config=config(chapter, **changes), mesh=mesh),
+                                           tokenizer, of_train, state)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", *chapter.checkpoint.MODEL_FILES}
-    model, tokenizer = chapter.sharded_checkpoint.read_model(chapter.checkpoint.complete_checkpoint(tmp_path), "cpu")
-    chapter.parallel.label(model, mesh)
-    chapter.sharded_checkpoint.load_sharded(tmp_path / "checkpoint", model.parameters(), adamw(model.parameters()), mesh)
+    model, tokenizer = chapter.parallel.checkpoint.read_model(chapter.checkpoint.complete_checkpoint(tmp_path), "cpu")
+    chapter.parallel.mesh.label(model, mesh)
+    chapter.parallel.checkpoint.load_sharded(tmp_path / "checkpoint", model.parameters(),
+                                             adamw(model.parameters()), mesh)
     exported, _ = chapter.checkpoint.load_model(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), exported.parameters(), strict=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight and tokenizer.vocab_size == 262
@@ -479,7 +494,7 @@ def many(chapter, folder):
     for step in range(23):
         write(chapter, folder, parts, optimizer, mesh, step, intermediate_size=30000)
         if step % 5 == 0:
-            chapter.sharded_checkpoint.load_sharded(folder, parts, optimizer, mesh)
+            chapter.parallel.checkpoint.load_sharded(folder, parts, optimizer, mesh)
         memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         counts.append((open_files(), memory))
     return counts[2], counts[-1], sum(p.nbytes for p in parts)
@@ -489,7 +504,8 @@ def many(chapter, folder):
 def test_twenty_saves_leave_nothing_behind(ranks, tmp_path):
     for first, last, written in ranks(4, many, tmp_path / "checkpoint"):
         assert last[0] <= first[0], "open files"
-        assert written > 3e6 and last[1] - first[1] < 15 * written, (first, last, written)   # with moments, twenty would be 60
+        # With moments, twenty would be 60.
+        assert written > 3e6 and last[1] - first[1] < 15 * written, (first, last, written)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     assert len(list((tmp_path / "checkpoint").iterdir())) == 4 + 3
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 22
@@ -497,10 +513,10 @@ def test_twenty_saves_leave_nothing_behind(ranks, tmp_path):
 
 def test_nothing_is_said(chapter, tmp_path):
     """Neither DCP's warning in a process that runs alone nor the tracebacks that it logs before our one line."""
-    script = ("import sharded_checkpoint as s, parallel, model, torch\n"
+    script = ("import parallel.checkpoint as s, parallel.mesh as p, model, torch\n"
               "class Words:\n    save = lambda self, folder: None\n"
               f"m = model.Transformer(model.ModelConfig(**{asdict(config(chapter))!r}))\n"
-              "mesh = parallel.ALONE; parallel.label(m, mesh); o = torch.optim.AdamW(m.parameters())\n"
+              "mesh = p.ALONE; p.label(m, mesh); o = torch.optim.AdamW(m.parameters())\n"
               f"f = {str(tmp_path / 'checkpoint')!r}\n"
               "s.save_sharded(f, m.config, m.parameters(), o, {'step': 1, 'settings': {'seed': 1}}, Words(), mesh)\n"
               "s.load_sharded(f, m.parameters(), o, mesh)\n"

@@ -1,11 +1,12 @@
 """Situations that a user gets into, a row each: in plain words, the call, what must come out.
 
-    refused("words", ...)   one line "error: ...", with these words in it, exit status 2, no traceback (a function: InputError)
+    refused("words", ...)   one line "error: ...", with these words in it, exit status 2, no traceback (a function:
+                            InputError)
     works("words", ...)     exit status 0, with these words printed
 
-Rows are grouped by subject: text files, conversations, flags, sampling, checkpoints, Hugging Face folders, tokenizers, the engine,
-quantized folders, ranks, files, plans. A row runs in every chapter whose code for it is its own. What takes more than a row to say,
-or a process of its own, is in the test file of the subject.
+Rows are grouped by subject: text files, conversations, flags, sampling, checkpoints, Hugging Face folders, tokenizers,
+the engine, quantized folders, ranks, files, plans. A row runs in every chapter whose code for it is its own. What takes
+more than a row to say, or a process of its own, is in the test file of the subject.
 """
 import contextlib
 import gzip
@@ -24,7 +25,7 @@ from chapters import TRAINED, chapter1, expect_error, load_chapter, run_here
 
 LAST = load_chapter(TRAINED[-1])
 KNOWS = {name: [chapter for chapter in TRAINED if (load_chapter(chapter).folder / name).is_file()]
-         for name in ("tokenizer.py", "engine.py", "parallel.py", "plan.py", "memory.py")}
+         for name in ("tokenizer.py", "engine.py", "parallel/mesh.py", "plan.py", "memory.py")}
 
 
 class refused:
@@ -39,7 +40,7 @@ class refused:
     @contextlib.contextmanager
     def around(self, chapter):
         """For a function that is called directly."""
-        with pytest.raises(chapter.errors.InputError) as caught:
+        with pytest.raises(chapter.cli.InputError) as caught:
             yield
         for word in self.words:
             assert word in str(caught.value), (word, str(caught.value))
@@ -74,7 +75,8 @@ def small_models():
     with pytest.MonkeyPatch.context() as patch:
         for chapter in map(load_chapter, TRAINED):
             patch.setitem(chapter.model.CONFIGS, "small", chapter.model.ModelConfig(**{
-                "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **chapter.sizes}))
+                "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                **chapter.sizes}))
         yield
 
 
@@ -104,29 +106,38 @@ TEXTS = [   # the situation, a file's name, its contents, what must come out
     ("a mark of UTF-8 at the beginning", "a.txt", "\ufeff" + "\n\n".join(TWENTY), works(value=TWENTY)),
     ("blank lines that hold a space", "a.txt", "\n \n".join(TWENTY), works(value=TWENTY)),
     ("blank lines that hold a tab", "a.txt", "\n\t\n".join(TWENTY), works(value=TWENTY)),
-    ("many blank lines, at the ends too", "a.txt", "\n\n\n" + "\n\n\n\n".join(TWENTY) + "\n\n\n\n", works(value=TWENTY)),
+    ("many blank lines, at the ends too", "a.txt", "\n\n\n" + "\n\n\n\n".join(TWENTY) + "\n\n\n\n",
+     works(value=TWENTY)),
     ("a file without a suffix", "plain", "\n\n".join(TWENTY), refused("plain", ".txt")),
     ("a README", "a.md", "\n\n".join(TWENTY), works(value=TWENTY)),
     ("a zero byte in a text", "a.txt", "\n\n".join(["a\0b"] * 20), works(value=["a\0b"] * 20)),
-    ("separators of Unicode are no blank lines", "a.txt", "\n\n".join(["a\u2028\u2029\x85b"] * 20), works(value=["a\u2028\u2029\x85b"] * 20)),
+    ("separators of Unicode are no blank lines", "a.txt", "\n\n".join(["a\u2028\u2029\x85b"] * 20),
+     works(value=["a\u2028\u2029\x85b"] * 20)),
     ("documents of one letter", "a.txt", "\n\n".join("abcdefghijkl"), works(value=list("abcdefghijkl"))),
-    ("two documents, the second too large to validate", "a.txt", "y\n\n" + "x " * 500, refused("a.txt", "2 document(s)")),
+    ("two documents, the second too large to validate", "a.txt", "y\n\n" + "x " * 500,
+     refused("a.txt", "2 document(s)")),
     ("text in UTF-16, as Windows saves it", "a.txt", "\n\n".join(TWENTY).encode("utf-16"), refused("a.txt", "UTF-8")),
     ("text in Latin-1", "a.txt", "caf\u00e9\n\nth\u00e9".encode("latin-1"), refused("a.txt", "byte 3", "UTF-8")),
-    ("a UTF-8 character cut in half at the end", "a.txt", "\n\n".join(TWENTY).encode() + b"\xe2\x82", refused("a.txt", "UTF-8")),
+    ("a UTF-8 character cut in half at the end", "a.txt", "\n\n".join(TWENTY).encode() + b"\xe2\x82",
+     refused("a.txt", "UTF-8")),
     ("an empty file", "a.txt", "", refused("a.txt", "too little text")),
     ("nothing but blank lines", "a.txt", "\n \n\n\t\n" * 9, refused("a.txt", "too little text")),
     ("one document", "a.txt", SPEECH * 99, refused("a.txt", "1 document", "too little text")),
     ("a line of JSON a document", "a.jsonl", lines(*({"text": text} for text in TWENTY)), works(value=TWENTY)),
-    ("JSON lines that end as on Windows", "a.jsonl", lines(*({"text": text} for text in TWENTY)).replace("\n", "\r\n"), works(value=TWENTY)),
-    ("a mark of UTF-8 before JSON", "a.jsonl", "\ufeff" + lines(*({"text": text} for text in TWENTY)), works(value=TWENTY)),
+    ("JSON lines that end as on Windows", "a.jsonl", lines(*({"text": text} for text in TWENTY)).replace("\n", "\r\n"),
+     works(value=TWENTY)),
+    ("a mark of UTF-8 before JSON", "a.jsonl", "\ufeff" + lines(*({"text": text} for text in TWENTY)),
+     works(value=TWENTY)),
     ("the suffix in capitals", "a.JSONL", lines(*({"text": text} for text in TWENTY)), works(value=TWENTY)),
     ("the suffix .ndjson", "a.ndjson", lines(*({"text": text} for text in TWENTY)), works(value=TWENTY)),
-    ("JSON with more keys than text", "a.jsonl", lines(*({"text": text, "meta": {"id": 1}} for text in TWENTY)), works(value=TWENTY)),
+    ("JSON with more keys than text", "a.jsonl", lines(*({"text": text, "meta": {"id": 1}} for text in TWENTY)),
+     works(value=TWENTY)),
     ("half a character, which JSON can say", "a.jsonl", '{"text": "a \\ud83d"}\n' * 20, works(value=["a \ufffd"] * 20)),
-    ("documents that are empty", "a.jsonl", lines(*({"text": text} for text in ["", "\n", *TWENTY])), works(value=TWENTY)),
+    ("documents that are empty", "a.jsonl", lines(*({"text": text} for text in ["", "\n", *TWENTY])),
+     works(value=TWENTY)),
     ("compressed text", "a.txt.gz", gzip.compress("\n\n".join(TWENTY).encode()), works(value=TWENTY)),
-    ("compressed JSON", "a.jsonl.gz", gzip.compress(lines(*({"text": text} for text in TWENTY)).encode()), works(value=TWENTY)),
+    ("compressed JSON", "a.jsonl.gz", gzip.compress(lines(*({"text": text} for text in TWENTY)).encode()),
+     works(value=TWENTY)),
     ("compressed text cut off", "a.txt.gz", gzip.compress("\n\n".join(TWENTY).encode())[:-9], refused("a.txt.gz")),
     ("called .gz and is not", "a.txt.gz", "\n\n".join(TWENTY), refused("a.txt.gz")),
     ("an empty file of JSON", "a.jsonl", "", refused("a.jsonl", "too little text")),
@@ -151,7 +162,7 @@ TEXTS = [   # the situation, a file's name, its contents, what must come out
     ("a damaged table of Parquet", "a.parquet", b"PAR1" + bytes(300) + b"PAR1", refused("a.parquet"))]
 
 
-@pytest.mark.reaches("data.load_documents", "errors")
+@pytest.mark.reaches("data.load_documents", "cli")
 @rows(TEXTS)
 def test_text_files(chapter, row, tmp_path):
     name, content, outcome = row
@@ -165,7 +176,8 @@ def test_text_files(chapter, row, tmp_path):
 SOURCES = [   # the situation, --data, what must come out
     ("a file that is not there", "{files}/nothing.txt", refused("nothing.txt", "does not exist")),
     ("a folder", "{files}", refused("is a folder")),
-    ("a name in other letters", "TinyShakespeare", refused("TinyShakespeare", "tinyshakespeare, wikitext-2, python-docs")),
+    ("a name in other letters", "TinyShakespeare",
+     refused("TinyShakespeare", "tinyshakespeare, wikitext-2, python-docs")),
     ("an address of the web", "https://example.com/a.txt", refused("https://example.com/a.txt")),
     ("a data set of the hub", "Salesforce/wikitext", refused("Salesforce/wikitext")),
     ("a link that leads nowhere", "{files}/dangling.txt", refused("dangling.txt")),
@@ -207,16 +219,21 @@ CONVERSATIONS = [   # the situation, a line of the file, what must come out
     ("a message without a content", {"messages": [{"role": "user"}, ANSWER]}, refused("line 3", "content")),
     ("a content of nothing", {"messages": [ASK, ANSWER | {"content": None}]}, refused("line 3", "content")),
     ("a content that is a number", {"messages": [ASK, ANSWER | {"content": 4}]}, refused("line 3", "content")),
-    ("a content in parts, as with pictures", {"messages": [ASK | {"content": [{"type": "text", "text": "a"}]}, ANSWER]}, refused("line 3", "content")),
+    ("a content in parts, as with pictures",
+     {"messages": [ASK | {"content": [{"type": "text", "text": "a"}]}, ANSWER]}, refused("line 3", "content")),
     ("a role that is nothing", {"messages": [ASK | {"role": None}, ANSWER]}, refused("line 3", "role")),
     ("a role that is a number", {"messages": [ASK | {"role": 1}, ANSWER]}, refused("line 3", "role")),
     ("ShareGPT's role human", {"messages": [ASK | {"role": "human"}, ANSWER]}, refused("line 3", "human")),
     ("ShareGPT's role gpt", {"messages": [ASK, ANSWER | {"role": "gpt"}]}, refused("line 3", "gpt")),
     ("a role in capitals", {"messages": [ASK, ANSWER | {"role": "Assistant"}]}, refused("line 3", "Assistant")),
-    ("a role with a line end, which could end a turn", {"messages": [ASK | {"role": "user\n"}, ANSWER]}, refused("line 3", "role")),
-    ("a call of a tool", {"messages": [ASK, ANSWER | {"tool_calls": [{"name": "add"}]}]}, refused("line 3", "tool_calls")),
-    ("what a tool gives back", {"messages": [ASK, {"role": "tool", "content": "4"}, ANSWER]}, refused("line 3", "tool")),
-    ("thoughts beside the answer", {"messages": [ASK, ANSWER | {"reasoning_content": "hm"}]}, refused("line 3", "reasoning_content")),
+    ("a role with a line end, which could end a turn", {"messages": [ASK | {"role": "user\n"}, ANSWER]},
+     refused("line 3", "role")),
+    ("a call of a tool", {"messages": [ASK, ANSWER | {"tool_calls": [{"name": "add"}]}]},
+     refused("line 3", "tool_calls")),
+    ("what a tool gives back", {"messages": [ASK, {"role": "tool", "content": "4"}, ANSWER]},
+     refused("line 3", "tool")),
+    ("thoughts beside the answer", {"messages": [ASK, ANSWER | {"reasoning_content": "hm"}]},
+     refused("line 3", "reasoning_content")),
     ("tools for the conversation", {"messages": [ASK, ANSWER], "tools": [{"name": "add"}]}, refused("line 3", "tools")),
     ("ShareGPT's conversations", {"conversations": [{"from": "human", "value": "a"}]}, refused("line 3")),
     ("Alpaca's instructions", {"instruction": "a", "input": "", "output": "b"}, refused("line 3")),
@@ -225,12 +242,13 @@ CONVERSATIONS = [   # the situation, a line of the file, what must come out
 
 
 @pytest.mark.parametrize("name", KNOWS["tokenizer.py"])
-@pytest.mark.reaches("data.load_documents", "errors")
+@pytest.mark.reaches("data.load_documents", "cli")
 @rows(CONVERSATIONS)
 def test_conversations(name, row, tmp_path):
     chapter, (line, outcome) = load_chapter(name), row
     path = tmp_path / "chat.jsonl"
-    path.write_text(lines({"messages": [ASK, ANSWER]}, {"messages": [ASK, ANSWER]}, line, *[{"messages": [ASK, ANSWER]}] * 20))
+    path.write_text(lines({"messages": [ASK, ANSWER]}, {"messages": [ASK, ANSWER]}, line,
+                          *[{"messages": [ASK, ANSWER]}] * 20))
     with outcome.around(chapter):
         train, validation = chapter.data.load_documents(path)
         assert [dict(message) for message in train[2]] == line["messages"] and len(train + validation) == 23
@@ -272,7 +290,8 @@ TRAIN = [   # the situation, flags, what must come out; before the flags come --
 @rows(TRAIN)
 def test_flags_of_train(chapter, row, text_file, tmp_path, call):
     flags, outcome = row
-    outcome.check(call(chapter.train, "--data", text_file, *chapter.quick, *shlex.split(flags), "--out", tmp_path / "out"))
+    outcome.check(call(chapter.train, "--data", text_file, *chapter.quick, *shlex.split(flags), "--out",
+                       tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -283,7 +302,8 @@ RUNS = [   # the situation, chapters, flags, what must come out
     ("hardly any time is one step", "17", "--minutes 1e-300", works("after 1 steps")),
     ("the largest seed", "17", f"--steps 1 --seed {2 ** 63 - 1}", works("after 1 steps")),
     ("a learning rate that float32 cannot hold", "17", "--steps 1 --learning-rate 1e-320", works("after 1 steps")),
-    ("a learning rate that makes the weights large, and not yet infinite", "27", "--steps 2 --learning-rate 1e9", refused("diverged")),
+    ("a learning rate that makes the weights large, and not yet infinite", "27", "--steps 2 --learning-rate 1e9",
+     refused("diverged")),
     ("saved less often than there are steps", "17", "--steps 1 --save-every 2147483647", works("after 1 steps")),
     ("resumed with nothing there", "17", "--steps 1 --resume", works("no checkpoint", "after 1 steps")),
     ("packs of one token", "27", "--steps 1 --batch-tokens 1", works("after 1 steps")),
@@ -293,15 +313,19 @@ RUNS = [   # the situation, chapters, flags, what must come out
     ("batches of no document", "1", "--steps 1 --batch-size 0", refused("--batch-size")),
     ("batches of one document", "1", "--steps 1 --batch-size 1", works("after 1 steps")),
     ("a tokenizer that is not there", "1", "--steps 1 --tokenizer words", refused("--tokenizer", "char")),
-    ("a pretrained model of nothing, as an unset variable gives", "27", "--steps 1 --init ''", refused("no model.safetensors")),
-    ("a pretrained model by a name of one word", "27", "--steps 1 --init gpt2", refused("gpt2", "neither a folder nor")),
+    ("a pretrained model of nothing, as an unset variable gives", "27", "--steps 1 --init ''",
+     refused("no model.safetensors")),
+    ("a pretrained model by a name of one word", "27", "--steps 1 --init gpt2",
+     refused("gpt2", "neither a folder nor")),
     ("a pretrained model of chapter 1", "27", "--steps 1 --init {chapter1}", refused("tokenizer.json")),
     ("a pretrained model that is a file", "27", "--steps 1 --init {text}", refused("neither a folder nor")),
     ("a precision of the newest GPUs", "4", "--steps 1 --precision fp8", refused("--precision", "bf16")),
     ("a precision of GPUs", "4", "--steps 1 --precision tf32", refused("--precision tf32", "cpu")),
     ("no pack accumulated", "4", "--steps 1 --accumulate 0", refused("--accumulate")),
-    ("a way of checkpointing that is not there", "4", "--steps 1 --checkpointing yes", refused("--checkpointing", "full")),
-    ("everything in 16 bits and recomputed", "4", "--steps 1 --precision bf16-pure --checkpointing full --accumulate 2", works("after 1 steps")),
+    ("a way of checkpointing that is not there", "4", "--steps 1 --checkpointing yes",
+     refused("--checkpointing", "full")),
+    ("everything in 16 bits and recomputed", "4", "--steps 1 --precision bf16-pure --checkpointing full --accumulate"
+                                                  " 2", works("after 1 steps")),
     ("a profile of too few steps", "3", "--steps 1 --profile", refused("--profile needs")),
     ("a profile of several packs", "4", "--steps 30 --profile --accumulate 2", refused("--accumulate")),
     ("a schedule that is not there", "6", "--steps 1 --schedule interleaved", refused("--schedule", "gpipe")),
@@ -330,7 +354,7 @@ def test_runs(chapter_name, row, text_file, finished, tmp_path, call):
     assert isinstance(outcome, works) or not (tmp_path / "out" / "model.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------- generate.py: prompts and sampling
+# ------------------------------------------------------------------------------------ generate.py: prompts and sampling
 
 GENERATE = [   # the situation, arguments, what must come out
     ("no token", "R 0", refused("TOKENS")),
@@ -392,7 +416,8 @@ PROMPTS = [   # the situation, chapters, a prompt, the beginning of what must co
     ("the name of a special token", "27", "<|im_end|>R", "<|im_end|>R"),
     ("a mark of UTF-8", "27", "\ufeffR", "\ufeffR"),
     ("a zero byte", "27", "R\0", "R\0"),
-    ("flags and families", "27", "\U0001f468\u200d\U0001f469\u200d\U0001f467 R", "\U0001f468\u200d\U0001f469\u200d\U0001f467 R"),
+    ("flags and families", "27", "\U0001f468\u200d\U0001f469\u200d\U0001f467 R",
+     "\U0001f468\u200d\U0001f469\u200d\U0001f467 R"),
     ("lines that end as on Windows", "27", "R\r\nR", "R\r\nR")]
 
 
@@ -423,7 +448,7 @@ def test_places_of_checkpoints(chapter, row, finished, tmp_path, call, monkeypat
     outcome.check(call(chapter.generate, "R", 3, f"--checkpoint={place}"))
 
 
-# ------------------------------------------------------------------------------------------- folders that are damaged or of others
+# -------------------------------------------------------------------------------- folders that are damaged or of others
 
 def write(name, content):
     return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -434,7 +459,8 @@ def remove(name):
 
 
 def config(**changes):
-    return lambda folder: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    return lambda folder: (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | changes))
 
 
 def weights(change):
@@ -443,7 +469,8 @@ def weights(change):
         path = folder / "model.safetensors"
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
-        save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path, metadata=header)
+        save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path,
+                  metadata=header)
     return damage
 
 
@@ -455,15 +482,18 @@ def replaced_by_folder(name):
     return lambda folder: ((folder / name).unlink(), (folder / name).mkdir())
 
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n"   # what git clone leaves without git-lfs
+# What git clone leaves without git-lfs.
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n"
 PAGE = "<html>404: Not found</html>"
 FILES = [   # of each of the three files: the situation, what has happened to it
-    ("is empty", lambda name: write(name, "")), ("is null", lambda name: write(name, "null")), ("is a list", lambda name: write(name, "[]")),
+    ("is empty", lambda name: write(name, "")), ("is null", lambda name: write(name, "null")),
+    ("is a list", lambda name: write(name, "[]")),
     ("is a web page", lambda name: write(name, PAGE)), ("is a pointer of git-lfs", lambda name: write(name, POINTER)),
-    ("is missing", remove), ("is a folder", replaced_by_folder), ("is in UTF-16", lambda name: write(name, "{}".encode("utf-16"))),
+    ("is missing", remove), ("is a folder", replaced_by_folder),
+    ("is in UTF-16", lambda name: write(name, "{}".encode("utf-16"))),
     ("is brackets without end", lambda name: write(name, "[" * 200_000))]
-DAMAGED = [(f"{name} {what}", damage(name), refused(name)) for name in ("config.json", "tokenizer.json", "model.safetensors")
-           for what, damage in FILES]
+DAMAGED = [(f"{name} {what}", damage(name), refused(name))
+           for name in ("config.json", "tokenizer.json", "model.safetensors") for what, damage in FILES]
 
 
 @rows(DAMAGED)
@@ -488,9 +518,11 @@ FOLDERS = [   # of Hugging Face: the situation, what has happened to a folder, w
     ("positions without end", config(max_position_embeddings=2 ** 31 - 1), works()),
     ("no rotation", config(rope_theta=0, rope_parameters=None), refused("rope_theta")),
     ("a rotation in words", config(rope_theta="x"), refused("rope_theta")),
-    ("longer texts by YaRN, as the model's page proposes", config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), refused("rope_type", "yarn")),
+    ("longer texts by YaRN, as the model's page proposes", config(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+     refused("rope_type", "yarn")),
     ("YaRN by its older name", config(rope_scaling={"type": "yarn", "factor": 4.0}), refused("rope_type", "yarn")),
-    ("YaRN in transformers 5", config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}), refused("rope_type", "yarn")),
+    ("YaRN in transformers 5", config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}),
+     refused("rope_type", "yarn")),
     ("a norm without epsilon", config(rms_norm_eps=0), refused("rms_norm_eps")),
     ("an epsilon that is no number", config(rms_norm_eps=float("nan")), refused("rms_norm_eps")),
     ("heads that do not fit the weights", config(num_attention_heads=4), refused("q_proj")),
@@ -506,11 +538,14 @@ FOLDERS = [   # of Hugging Face: the situation, what has happened to a folder, w
     ("a sliding window", config(use_sliding_window=True), refused("use_sliding_window")),
     ("layers of two kinds", config(layer_types=["full_attention", "sliding_attention"]), refused("layer_types")),
     ("layers of no kind", config(layer_types=5), refused("config.json")),
-    ("quantized by somebody else", config(quantization_config={"quant_method": "gptq"}), refused("quantization_config")),
+    ("quantized by somebody else", config(quantization_config={"quant_method": "gptq"}),
+     refused("quantization_config")),
     ("quantized by nobody", config(quantization_config=None), works()),
-    ("settings that a model need not know", config(attention_dropout=0.0, transformers_version="9", anything=[1]), works()),
-    ("a setting twice, the last counts", lambda folder: write("config.json", '{"vocab_size": 3,'
-                                                              + (folder / "config.json").read_text()[1:])(folder), works()),
+    ("settings that a model need not know", config(attention_dropout=0.0, transformers_version="9",
+                                                   anything=[1]), works()),
+    ("a setting twice, the last counts",
+     lambda folder: write("config.json", '{"vocab_size": 3,' + (folder / "config.json").read_text()[1:])(folder),
+     works()),
     ("weights in 16 bits", every(torch.Tensor.half), works()),
     ("weights in bfloat16", every(torch.Tensor.bfloat16), works()),
     ("weights in 64 bits", every(torch.Tensor.double), works()),
@@ -519,30 +554,45 @@ FOLDERS = [   # of Hugging Face: the situation, what has happened to a folder, w
     ("complex weights", every(lambda x: x.to(torch.complex64)), refused("complex64")),
     ("weights that are true or false", every(lambda x: x > 0), refused("bool")),
     ("weights that are all zero", every(torch.zeros_like), works()),
-    ("a norm that is one number", weights(lambda w: w | {"model.norm.weight": torch.tensor(1.0)}), refused("model.norm.weight", "config.json")),
-    ("weights turned over", weights(lambda w: w | {"model.layers.0.mlp.up_proj.weight": w["model.layers.0.mlp.up_proj.weight"].T}),
+    ("a norm that is one number", weights(lambda w: w | {"model.norm.weight": torch.tensor(1.0)}),
+     refused("model.norm.weight", "config.json")),
+    ("weights turned over",
+     weights(lambda w: w | {"model.layers.0.mlp.up_proj.weight": w["model.layers.0.mlp.up_proj.weight"].T}),
      refused("up_proj")),
-    ("names that torch.compile gives", weights(lambda w: {"_orig_mod." + name: x for name, x in w.items()}), refused("missing")),
-    ("names that DistributedDataParallel gives", weights(lambda w: {"module." + name: x for name, x in w.items()}), refused("missing")),
-    ("names without model.", weights(lambda w: {name.removeprefix("model."): x for name, x in w.items()}), refused("missing")),
-    ("an adapter's names", weights(lambda w: w | {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}), refused("unknown", "lora_A")),
-    ("a tied head that is there twice", weights(lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"].clone()}), works()),
-    ("a tied head that differs", weights(lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"] + 1}), refused("lm_head.weight")),
+    ("names that torch.compile gives", weights(lambda w: {"_orig_mod." + name: x for name, x in w.items()}),
+     refused("missing")),
+    ("names that DistributedDataParallel gives", weights(lambda w: {"module." + name: x for name, x in w.items()}),
+     refused("missing")),
+    ("names without model.", weights(lambda w: {name.removeprefix("model."): x for name, x in w.items()}),
+     refused("missing")),
+    ("an adapter's names", weights(lambda w: w | {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}),
+     refused("unknown", "lora_A")),
+    ("a tied head that is there twice", weights(lambda w: w
+                                                | {"lm_head.weight": w["model.embed_tokens.weight"].clone()}), works()),
+    ("a tied head that differs", weights(lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"] + 1}),
+     refused("lm_head.weight")),
     ("weights of one tensor", weights(lambda w: {"model.norm.weight": w["model.norm.weight"]}), refused("missing")),
-    ("no header", lambda folder: save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors"), works()),
-    ("a pickle instead of safetensors", lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+    ("no header", lambda folder: save_file(load_file(folder / "model.safetensors"),
+                                           folder / "model.safetensors"), works()),
+    ("a pickle instead of safetensors",
+     lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
      refused("no model.safetensors")),
-    ("a file of llama.cpp", lambda folder: (folder / "model.safetensors").rename(folder / "model.gguf"), refused("no model.safetensors")),
-    ("one file of several without their index", lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+    ("a file of llama.cpp", lambda folder: (folder / "model.safetensors").rename(folder / "model.gguf"),
+     refused("no model.safetensors")),
+    ("one file of several without their index",
+     lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
      refused("model.safetensors.index.json")),
-    ("only an adapter", lambda folder: (folder / "model.safetensors").rename(folder / "adapter_model.safetensors"), refused("no model.safetensors")),
-    ("an index of files that are not there", lambda folder: ((folder / "model.safetensors").rename(folder / "model-1.safetensors"),
-        write("model.safetensors.index.json", json.dumps({"weight_map": {"model.norm.weight": "model-2.safetensors"}}))(folder)), refused("missing")),
+    ("only an adapter", lambda folder: (folder / "model.safetensors").rename(folder / "adapter_model.safetensors"),
+     refused("no model.safetensors")),
+    ("an index of files that are not there",
+     lambda folder: ((folder / "model.safetensors").rename(folder / "model-1.safetensors"),
+        write("model.safetensors.index.json",
+              json.dumps({"weight_map": {"model.norm.weight": "model-2.safetensors"}}))(folder)), refused("missing")),
     ("a file more", write("README.md", "# A model"), works())]
 
 
 @pytest.mark.parametrize("name", KNOWS["tokenizer.py"])
-@pytest.mark.reaches("checkpoint.load_model", "errors")
+@pytest.mark.reaches("checkpoint.load_model", "cli")
 @rows(FOLDERS)
 def test_hugging_face_folders(name, row, finished, tmp_path):
     chapter, (damage, outcome) = load_chapter(name), row
@@ -564,29 +614,38 @@ def tokenizer(change):
 
 
 TOKENIZERS = [   # the situation, what has happened to a folder, what must come out
-    ("a model that is no BPE", tokenizer(lambda t: t["model"].update(type="WordPiece")), refused("tokenizer.json", "BPE")),
-    ("another normalization", tokenizer(lambda t: t.update(normalizer={"type": "NFKC"})), refused("tokenizer.json", "NFC")),
+    ("a model that is no BPE", tokenizer(lambda t: t["model"].update(type="WordPiece")),
+     refused("tokenizer.json", "BPE")),
+    ("another normalization", tokenizer(lambda t: t.update(normalizer={"type": "NFKC"})),
+     refused("tokenizer.json", "NFC")),
     ("no normalization", tokenizer(lambda t: t.update(normalizer=None)), refused("tokenizer.json", "NFC")),
     ("no way to cut a text", tokenizer(lambda t: t.update(pre_tokenizer=None)), refused("tokenizer.json")),
-    ("a way to cut a text that is no expression", tokenizer(lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="(")),
+    ("a way to cut a text that is no expression",
+     tokenizer(lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="(")),
      refused("tokenizer.json")),
     ("an end-of-text less", tokenizer(lambda t: t["added_tokens"].pop(0)), refused("<|endoftext|>")),
     ("no added tokens", tokenizer(lambda t: t.update(added_tokens=None)), refused("tokenizer.json")),
     ("an added token without an id", tokenizer(lambda t: t["added_tokens"][0].pop("id")), refused("tokenizer.json")),
-    ("an added token with a negative id", tokenizer(lambda t: t["added_tokens"][0].update(id=-1)), refused("tokenizer.json")),
-    ("two tokens with one id", tokenizer(lambda t: t["added_tokens"][0].update(id=5)), refused("tokenizer.json", "ids")),
+    ("an added token with a negative id", tokenizer(lambda t: t["added_tokens"][0].update(id=-1)),
+     refused("tokenizer.json")),
+    ("two tokens with one id", tokenizer(lambda t: t["added_tokens"][0].update(id=5)),
+     refused("tokenizer.json", "ids")),
     ("a byte without a token", tokenizer(lambda t: t["model"]["vocab"].pop("!")), refused("tokenizer.json")),
-    ("a merge of what is no token", tokenizer(lambda t: t["model"]["merges"].append(["zq", "qz"])), refused("tokenizer.json")),
-    ("merges in another order", tokenizer(lambda t: t["model"]["merges"].reverse()), refused("tokenizer.json", "order")),
-    ("merges as texts, as older files have them", tokenizer(lambda t: t["model"].update(merges=[" ".join(m) for m in t["model"]["merges"]])),
+    ("a merge of what is no token", tokenizer(lambda t: t["model"]["merges"].append(["zq", "qz"])),
+     refused("tokenizer.json")),
+    ("merges in another order", tokenizer(lambda t: t["model"]["merges"].reverse()),
+     refused("tokenizer.json", "order")),
+    ("merges as texts, as older files have them",
+     tokenizer(lambda t: t["model"].update(merges=[" ".join(m) for m in t["model"]["merges"]])),
      refused("another vocabulary")),   # as good a tokenizer, but not the file that the weights were trained with
-    ("more tokens than the model has rows", tokenizer(lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 300, "content": "<|more|>"})),
+    ("more tokens than the model has rows",
+     tokenizer(lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 300, "content": "<|more|>"})),
      refused("301", "300")),
     ("a template more", write("chat_template.jinja", "{{ messages }}"), works())]
 
 
 @pytest.mark.parametrize("name", KNOWS["tokenizer.py"])
-@pytest.mark.reaches("checkpoint.load_model", "errors")
+@pytest.mark.reaches("checkpoint.load_model", "cli")
 @rows(TOKENIZERS)
 def test_tokenizers(name, row, finished, tmp_path):
     chapter, (damage, outcome) = load_chapter(name), row
@@ -613,12 +672,14 @@ def state(**changes):
     return damage
 
 
-RESUMED = [   # the situation, chapters, what has happened to the folder, flags besides --steps 4 --resume, what must come out
+# The situation, chapters, what has happened to the folder, flags besides --steps 4 --resume, what must come out.
+RESUMED = [
     ("nothing", "17", lambda folder: None, "", works("resuming after step 3", "after 4 steps")),
     ("another seed", "17", lambda folder: None, "--seed 7", refused("seed 0")),
     ("another learning rate", "17", lambda folder: None, "--learning-rate 1", refused("learning_rate")),
     ("another text", "17", lambda folder: None, "--data {other}", refused("data")),
-    ("the model files are gone, the checkpoint is not", "17", lambda folder: [path.unlink() for path in folder.glob("*.*")], "", works("after 4 steps")),
+    ("the model files are gone, the checkpoint is not", "17",
+     lambda folder: [path.unlink() for path in folder.glob("*.*")], "", works("after 4 steps")),
     ("the checkpoint is gone, the model files are not", "17", no_checkpoint, "", refused("choose another folder")),
     ("a checkpoint without its state", "17", in_checkpoint(remove("state.json")), "", refused("state.json")),
     ("a state of nothing", "17", in_checkpoint(write("state.json", "")), "", refused("state.json")),
@@ -627,9 +688,13 @@ RESUMED = [   # the situation, chapters, what has happened to the folder, flags 
     ("a step in words", "17", state(step="three"), "", refused("state.json")),
     ("a step below zero", "17", state(step=-1), "", refused("state.json")),
     ("the tokenizer is gone", "17", in_checkpoint(remove("tokenizer.json")), "", refused("tokenizer")),
-    ("an optimizer of nothing", "1", in_checkpoint(write("optimizer.safetensors", "")), "", refused("optimizer.safetensors")),
-    ("a random state that is none", "1", in_checkpoint(lambda folder: save_file(load_file(folder / "optimizer.safetensors")
-        | {"random_state": torch.zeros(3, dtype=torch.uint8)}, folder / "optimizer.safetensors")), "", refused("optimizer.safetensors")),
+    ("an optimizer of nothing", "1", in_checkpoint(write("optimizer.safetensors", "")), "",
+     refused("optimizer.safetensors")),
+    ("a random state that is none", "1",
+     in_checkpoint(lambda folder: save_file(load_file(folder / "optimizer.safetensors")
+                                            | {"random_state": torch.zeros(3, dtype=torch.uint8)},
+                                            folder / "optimizer.safetensors")), "",
+     refused("optimizer.safetensors")),
     ("moments without a place", "1", in_checkpoint(lambda folder: save_file(load_file(folder / "optimizer.safetensors")
         | {"exp_avg": torch.zeros(3)}, folder / "optimizer.safetensors")), "", refused("optimizer.safetensors")),
     ("all steps are done", "17", lambda folder: None, "--steps 3", works("after 3 steps")),
@@ -645,13 +710,14 @@ def test_runs_that_go_on(chapter_name, row, finished, text_file, tmp_path, call)
     flags = ["--steps", 4, *shlex.split(flags.format(other=tmp_path / "other.txt"))]
     before = {path: path.read_bytes() for path in (folder / "checkpoint").glob("*")}
     outcome.check(call(chapter.train, "--data", text_file, *chapter.quick, *flags, "--resume", "--out", folder))
-    assert isinstance(outcome, works) or before == {path: path.read_bytes() for path in (folder / "checkpoint").glob("*")}
+    assert isinstance(outcome, works) or before == {path: path.read_bytes()
+                                                    for path in (folder / "checkpoint").glob("*")}
 
 
 # ------------------------------------------------------------------------------------------- the engine
 
 class Asked:
-    """What add() is given, and what the answer ends with; the other request must get its own answer whatever happens."""
+    """What add() is given, and what the answer ends with; the other request gets its own answer whatever happens."""
 
     def __init__(self, prompt, max_new_tokens=3, **settings):
         self.arguments = prompt, max_new_tokens, settings
@@ -719,16 +785,16 @@ def models(finished):
 
 
 @pytest.mark.parametrize("name", KNOWS["engine.py"])
-@pytest.mark.reaches("engine", "generate", "errors")
+@pytest.mark.reaches("engine", "generate", "sampling", "static_batching", "cli")
 @rows(ASKED)
 def test_requests(name, row, models):
     chapter, (asked, outcome) = load_chapter(name), row
     engine = chapter.engine.Engine(*models[name], num_blocks=8, max_sequences=4)
-    other = engine.add([7, 8], 3, chapter.generate.Sampling(temperature=0))
+    other = engine.add([7, 8], 3, chapter.sampling.Sampling(temperature=0))
     prompt, max_new_tokens, settings = asked.arguments
     ends, sequence = isinstance(outcome, str), None
     with contextlib.nullcontext() if ends else outcome.around(chapter):
-        sampling = chapter.generate.Sampling(**{key: settings[key] for key in SAMPLING if key in settings})
+        sampling = chapter.sampling.Sampling(**{key: settings[key] for key in SAMPLING if key in settings})
         settings = {key: value for key, value in settings.items() if key not in SAMPLING}
         sequence = engine.add(prompt, max_new_tokens, sampling, **settings)
     for _ in range(50):
@@ -740,12 +806,13 @@ ENGINES = [   # the situation, settings of an engine, what must come out
     ("no block", {"num_blocks": 0}, refused("0")), ("blocks below zero", {"num_blocks": -1}, refused("-1")),
     ("half a block", {"num_blocks": 1.5}, refused("1.5")), ("blocks of no token", {"block_size": 0}, refused("0")),
     ("steps of no token", {"max_tokens": 0}, refused("0")), ("steps of one token", {"max_tokens": 1}, works()),
-    ("no sequence at a time", {"max_sequences": 0}, refused("0")), ("sequences below zero", {"max_sequences": -1}, refused("-1")),
+    ("no sequence at a time", {"max_sequences": 0}, refused("0")),
+    ("sequences below zero", {"max_sequences": -1}, refused("-1")),
     ("blocks of an odd size", {"block_size": 7}, works())]
 
 
 @pytest.mark.parametrize("name", KNOWS["engine.py"])
-@pytest.mark.reaches("engine", "errors")
+@pytest.mark.reaches("engine", "cli")
 @rows(ENGINES)
 def test_engines(name, row, models):
     chapter, (settings, outcome) = load_chapter(name), row
@@ -781,7 +848,8 @@ SERVED = [   # the situation, chapters, contents of the file, flags, what must c
 def test_served_files(chapter_name, row, finished, tmp_path, call):
     chapter, (content, flags, outcome) = load_chapter(chapter_name), row
     (tmp_path / "prompts.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
-    result = call(chapter.engine, tmp_path / "prompts.txt", "--max-new-tokens", 2, *shlex.split(flags), "--checkpoint", finished[chapter])
+    result = call(chapter.engine, tmp_path / "prompts.txt", "--max-new-tokens", 2, *shlex.split(flags), "--checkpoint",
+                  finished[chapter])
     outcome.check(result)
 
 
@@ -790,7 +858,7 @@ def test_prompts_from_standard_input(finished, call, monkeypatch):
     works("1 texts").check(call(LAST.engine, "-", "--max-new-tokens", 2, "--checkpoint", finished[LAST]))
 
 
-# ------------------------------------------------------------------------------------------- quantize.py and its folders
+# ------------------------------------------------------------------------------------------ quantize.py and its folders
 
 QUANTIZE = [   # the situation, flags, what must come out
     ("8 bits", "--method int8", works("times smaller")),
@@ -803,8 +871,10 @@ QUANTIZE = [   # the situation, flags, what must come out
     ("no group", "--method int4 --group 0", refused("--group")),
     ("groups of 8 bits", "--method int8 --group 16", refused("--group", "4 bits")),
     ("a zero point of 8 bits", "--method int8 --asymmetric", refused("--asymmetric", "4 bits")),
-    ("hardly any text to see", "--method int4-gptq --group 16 --data {text} --calibration-tokens 1", works("times smaller")),
-    ("more text than there is", "--method int4-gptq --group 16 --data {text} --calibration-tokens 99999999", refused("--calibration-tokens")),
+    ("hardly any text to see", "--method int4-gptq --group 16 --data {text} --calibration-tokens 1",
+     works("times smaller")),
+    ("more text than there is", "--method int4-gptq --group 16 --data {text} --calibration-tokens 99999999",
+     refused("--calibration-tokens")),
     ("text that is not there", "--method int4-gptq --group 16 --data {files}/none.txt", refused("none.txt")),
     ("a GPU that is not there", "--method int8 --device mps", refused("--device mps")),
     ("a model that is not there", "--method int8 --checkpoint {files}/none", refused("none")),
@@ -823,9 +893,11 @@ def test_quantize(row, finished, text_file, tmp_path, call):
     flags, outcome = row
     (tmp_path / "file").write_text("somebody's")
     (tmp_path / "empty").mkdir()
-    places = {"finished": finished[LAST], "chapter1": finished[chapter1], "chapter2": finished[load_chapter(TRAINED[1])],
+    places = {"finished": finished[LAST], "chapter1": finished[chapter1],
+              "chapter2": finished[load_chapter(TRAINED[1])],
               "text": text_file, "files": tmp_path}
-    outcome.check(call(LAST.quantize, "--checkpoint", finished[LAST], "--out", tmp_path / "out", *shlex.split(flags.format(**places))))
+    outcome.check(call(LAST.quantize, "--checkpoint", finished[LAST], "--out", tmp_path / "out",
+                       *shlex.split(flags.format(**places))))
     assert (tmp_path / "file").read_text() == "somebody's"
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "empty", "out"}   # nothing half-written beside them
 
@@ -854,7 +926,8 @@ QUANTIZED = [   # the situation, what has happened to a folder of int8, what mus
     ("a scale that is no number", weights(lambda w: w | {SCALE: w[SCALE] * float("nan")}), refused("nan")),
     ("scales of integers", weights(lambda w: w | {SCALE: w[SCALE].int()}), refused(SCALE, "int32")),
     ("a scale for one row", weights(lambda w: w | {SCALE: w[SCALE][:1]}), refused(SCALE)),
-    ("weights that are no integers", weights(lambda w: {name: x.float() if x.dtype == torch.int8 else x for name, x in w.items()}),
+    ("weights that are no integers", weights(lambda w: {name: x.float() if x.dtype == torch.int8 else x
+                                                        for name, x in w.items()}),
      refused("float32", "int8"))]
 
 
@@ -876,7 +949,8 @@ def test_quantized_folders(row, int8, tmp_path, call):
 def test_no_other_chapter_opens_integers(int8, text_file, tmp_path, call):
     for name in KNOWS["tokenizer.py"][:-1]:
         refused("quantization_config").check(call(load_chapter(name).generate, "R", 3, "--checkpoint", int8))
-    for script, flags in (("quantize", ["--method", "int8", "--checkpoint"]), ("train", ["--data", text_file, "--init"])):
+    for script, flags in (("quantize", ["--method", "int8", "--checkpoint"]),
+                          ("train", ["--data", text_file, "--init"])):
         refused("quantized").check(call(getattr(LAST, script), *flags, int8, "--out", tmp_path / "out"))
 
 
@@ -892,7 +966,8 @@ EVALUATE = [   # the situation, flags, what must come out
 def test_evaluate(row, text_file, tmp_path, call):
     flags, outcome = row
     evaluate = LAST.__getattr__("evaluate")   # the method of that name is another
-    outcome.check(call(evaluate, "--data", text_file, *shlex.split(flags.format(files=tmp_path)), "--out", tmp_path / "out"))
+    outcome.check(call(evaluate, "--data", text_file, *shlex.split(flags.format(files=tmp_path)), "--out",
+                       tmp_path / "out"))
 
 
 # ------------------------------------------------------------------------------------------- ranks
@@ -906,19 +981,20 @@ RANKS = [   # the situation, the environment, flags, what must come out
     ("half a rank", {}, "--dp 1.5", refused("--dp"))]
 
 
-@pytest.mark.parametrize("name", KNOWS["parallel.py"][:1])
+@pytest.mark.parametrize("name", KNOWS["parallel/mesh.py"][:1])
 @rows(RANKS)
 def test_ranks(name, row, text_file, tmp_path, call, monkeypatch):
     chapter, (environment, flags, outcome) = load_chapter(name), row
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(chapter.errors, "leave", exit)   # a rank would end this process
-    monkeypatch.setattr(chapter.errors.time, "sleep", lambda seconds: None)
-    outcome.check(call(chapter.train, "--data", text_file, *chapter.quick, "--steps", 1, *shlex.split(flags), "--out", tmp_path / "out"))
+    monkeypatch.setattr(chapter.cli, "leave", exit)   # a rank would end this process
+    monkeypatch.setattr(chapter.cli.time, "sleep", lambda seconds: None)
+    outcome.check(call(chapter.train, "--data", text_file, *chapter.quick, "--steps", 1, *shlex.split(flags), "--out",
+                       tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------- files and folders to write to
+# ---------------------------------------------------------------------------------------- files and folders to write to
 
 OUTS = [   # the situation, --out, what must come out
     ("a file in the way", "{files}/file", refused("file")),
@@ -940,7 +1016,8 @@ OUTS = [   # the situation, --out, what must come out
 def test_folders_to_write_to(name, row, text_file, tmp_path, call):
     chapter, (out, outcome) = load_chapter(name), row
     (tmp_path / "file").write_text("somebody's")
-    for folder, file in (("notes", "checkpoint.tmp"), ("notes", "model.tmp"), ("notes", "notes.old"), ("model", "model.safetensors")):
+    for folder, file in (("notes", "checkpoint.tmp"), ("notes", "model.tmp"), ("notes", "notes.old"),
+                         ("model", "model.safetensors")):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / file).write_text("somebody's")
     (tmp_path / "real").mkdir()
@@ -987,9 +1064,12 @@ def test_plans(name, row, call):
 
 
 MEMORY = [   # the situation, flags of memory.py, what must come out
-    ("as it is", "", works("held")), ("one token", "--batch-tokens 1", works("held")), ("no token", "--batch-tokens 0", refused("--batch-tokens")),
-    ("a model that is not there", "--config x", refused("--config")), ("a precision that is not there", "--precision fp8", refused("--precision")),
-    ("a way that is not there", "--checkpointing half", refused("--checkpointing")), ("no pack", "--accumulate 0", refused("--accumulate")),
+    ("as it is", "", works("held")), ("one token", "--batch-tokens 1", works("held")),
+    ("no token", "--batch-tokens 0", refused("--batch-tokens")),
+    ("a model that is not there", "--config x", refused("--config")),
+    ("a precision that is not there", "--precision fp8", refused("--precision")),
+    ("a way that is not there", "--checkpointing half", refused("--checkpointing")),
+    ("no pack", "--accumulate 0", refused("--accumulate")),
     ("what fits", "--fit", works("80 GB"))]
 
 
@@ -1000,7 +1080,7 @@ def test_memory(name, row, call):
     outcome.check(call(load_chapter(name).memory, *shlex.split(flags)))
 
 
-# ------------------------------------------------------------------------------------------- scripts that measure and show
+# ---------------------------------------------------------------------------------------- scripts that measure and show
 
 SCRIPTS = [   # the situation, a script, its arguments, what must come out
     ("text that is not there", "1 bigram", "--data none.txt", refused("none.txt")),
@@ -1008,9 +1088,9 @@ SCRIPTS = [   # the situation, a script, its arguments, what must come out
     ("text that is not there", "1 gru", "--data none.txt", refused("none.txt")),
     ("text that is not there", "1 lineage", "--data none.txt", refused("none.txt")),
     ("a flag that is not there", "1 bigram", "--steps 3", refused("--steps")),
-    ("text that is not there", "2 benchmark", "--data none.txt", refused("none.txt")),
-    ("packs of no token", "2 benchmark", "--batch-tokens 0", refused("--batch-tokens")),
-    ("a model that is not there", "2 benchmark", "--config x", refused("--config")),
+    ("text that is not there", "2 benchmark_padding", "--data none.txt", refused("none.txt")),
+    ("packs of no token", "2 benchmark_padding", "--batch-tokens 0", refused("--batch-tokens")),
+    ("a model that is not there", "2 benchmark_padding", "--config x", refused("--config")),
     ("neither of the two", "2 instructions", "read file", refused("read")),
     ("no file", "2 instructions", "write", refused("FILE|DIR")),
     ("two files", "2 instructions", "write a b", refused("one file")),
@@ -1020,14 +1100,14 @@ SCRIPTS = [   # the situation, a script, its arguments, what must come out
     ("run never", "3 ladder", "--rounds 0", refused("--rounds")),
     ("no step", "4 rounding_curves", "--steps 0", refused("--steps")),
     ("text that is not there", "4 rounding_curves", "--data none.txt", refused("none.txt")),
-    ("nothing to measure", "5 benchmark", "", refused("what")),
-    ("something else to measure", "5 benchmark", "speed", refused("speed")),
-    ("longer than the model", "5 benchmark", "cache --length 99999", refused("--length")),
-    ("one token", "5 benchmark", "decode --tokens 1", refused("--tokens")),
-    ("nothing to compare", "6 benchmark", "--ranks 1", refused("--ranks 1")),
-    ("packs that cannot be cut", "6 benchmark", "--batch-tokens 7", refused("--batch-tokens 7")),
-    ("one token", "7 benchmark", "--tokens 1", refused("--tokens")),
-    ("no text", "7 benchmark", "--texts 0", refused("--texts"))]
+    ("nothing to measure", "5 benchmark_serving", "", refused("what")),
+    ("something else to measure", "5 benchmark_serving", "speed", refused("speed")),
+    ("longer than the model", "5 benchmark_serving", "cache --length 99999", refused("--length")),
+    ("one token", "5 benchmark_serving", "decode --tokens 1", refused("--tokens")),
+    ("nothing to compare", "6 benchmark_layouts", "--ranks 1", refused("--ranks 1")),
+    ("packs that cannot be cut", "6 benchmark_layouts", "--batch-tokens 7", refused("--batch-tokens 7")),
+    ("one token", "7 benchmark_decode", "--tokens 1", refused("--tokens")),
+    ("no text", "7 benchmark_decode", "--texts 0", refused("--texts"))]
 
 
 @pytest.mark.parametrize("row", [pytest.param(row[1:], id=f"{row[1]}: {row[0]}") for row in SCRIPTS])

@@ -11,7 +11,7 @@ from chapters import CHAPTERS, CHAPTERS_ROOT, chapter1, load_chapter
 SCRIPT = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
-from errors import ArgumentParser, InputError, run
+from cli import ArgumentParser, InputError, run
 
 def main():
     parser = ArgumentParser("A script.")
@@ -40,7 +40,7 @@ def shell(command, tmp_path, **environment):
     return done.returncode, out, err
 
 
-@pytest.fixture(params=["chapter-01-foundations", "chapter-06-parallelism"])   # the two versions of errors.py
+@pytest.fixture(params=["chapter-01-foundations", "chapter-06-parallelism"])   # the two versions of cli.py
 def script(request, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     return f"{sys.executable} script.py {load_chapter(request.param).folder}"
@@ -56,7 +56,8 @@ def test_closed_and_full_streams(script, tmp_path, streams):
     assert (tmp_path / "file").read_text() == "written"
     for bad in ("bad", "--no-such-flag"):
         status, out, err = shell(f"{script} {bad} {streams}", tmp_path)
-        assert status == 2 and ("2>" in streams or sum(line.startswith("error: ") for line in err.splitlines()) == 1), err
+        errors = sum(line.startswith("error: ") for line in err.splitlines())
+        assert status == 2 and ("2>" in streams or errors == 1), err
     status, out, err = shell(f"{script} --help {streams}", tmp_path)
     assert status == (2 if full else 0)
 
@@ -75,7 +76,8 @@ def test_narrow_encodings(script, tmp_path, environment, printed, read):
 
 
 @pytest.mark.parametrize("streams", ALL)
-@pytest.mark.parametrize("command, good", [("data/download.py --list", True), ("data/download.py nothing", False), ("tests/propagate.py", False)])
+@pytest.mark.parametrize("command, good", [("data/download.py --list", True), ("data/download.py nothing", False),
+                                           ("tests/propagate.py", False)])
 def test_the_scripts_beside_the_chapters(tmp_path, streams, command, good):
     full = good and ">/dev/full" in streams.replace("2>/dev/full", "")
     status, out, err = shell(f"{sys.executable} {CHAPTERS_ROOT}/{command} {streams}", tmp_path)
@@ -89,13 +91,15 @@ def test_a_training_and_its_text(tmp_path, text_file):
     flags = " ".join(map(str, ("--data", text_file, *chapter1.quick, "--steps", 1, "--out", tmp_path / "out")))
     status, _, _ = shell(f"{sys.executable} {chapter1.folder}/train.py {flags} >&- 2>/dev/full <&-", tmp_path)
     assert status == 0 and {"summary.json", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    status, _, err = shell(f"{sys.executable} {chapter1.folder}/generate.py a 3 --checkpoint out >/dev/full <&-", tmp_path)
+    status, _, err = shell(f"{sys.executable} {chapter1.folder}/generate.py a 3 --checkpoint out >/dev/full <&-",
+                           tmp_path)
     assert (status, err) == (2, f"error: {FULL}\n")
 
 
 def test_every_script_ends_in_run():
     """Where the streams are looked after. A script is what has a main block."""
     for path in [path for name in CHAPTERS for path in sorted((CHAPTERS_ROOT / name).glob("*.py"))]:
-        blocks = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)]
+        blocks = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.If)
+                  and "__name__" in ast.unparse(node.test)]
         for block in blocks:
             assert ast.unparse(block.body[-1]) in ("run(main)", "run_script(main)"), path

@@ -51,14 +51,14 @@ def alone(chapter, sizes, precision="fp32"):
 
 def together(chapter, axes, sizes, sequence, precision="fp32", checkpointing="none"):
     """(loss, gradients by piece, bytes sent over tp); the packs are dealt to the ranks of dp."""
-    mesh = chapter.parallel.make_mesh(**axes)
-    chapter.tensor_parallel.CHUNK = 20   # or every pack would be one chunk
+    mesh = chapter.parallel.mesh.make_mesh(**axes)
+    chapter.parallel.tensor.CHUNK = 20   # or every pack would be one chunk
     model = make_model(chapter, sizes)
-    chapter.parallel.label(model, mesh)
-    chapter.tensor_parallel.split(model, mesh, sequence)
+    chapter.parallel.mesh.label(model, mesh)
+    chapter.parallel.tensor.split(model, mesh, sequence)
     model.checkpointing = checkpointing
     loss = step(chapter, model, make_packs(chapter)[mesh.dp.rank::mesh.dp.size], precision)
-    chapter.tensor_parallel.sum_partial(list(model.parameters()), mesh)
+    chapter.parallel.tensor.sum_partial(list(model.parameters()), mesh)
     for parameter in model.parameters():
         parameter.piece.group.all_reduce(parameter.grad)
     gradients = [(p.piece.name, p.piece.shape, p.piece.offset, p.grad) for p in model.parameters()]
@@ -80,7 +80,8 @@ def compare(answers, expected, tolerance=1e-5):
 
 LAYOUTS = {
     "tp2": ({"tp": 2}, {}), "tp4": ({"tp": 4}, {}), "untied": ({"tp": 4}, {"tie_word_embeddings": False}),
-    "no_groups": ({"tp": 2}, {"num_key_value_heads": 8}), "a_head_each": ({"tp": 4}, {"num_attention_heads": 4, "head_dim": 16}),
+    "no_groups": ({"tp": 2}, {"num_key_value_heads": 8}),
+    "a_head_each": ({"tp": 4}, {"num_attention_heads": 4, "head_dim": 16}),
     "dp2_tp2": ({"dp": 2, "tp": 2}, {"num_key_value_heads": 2})}
 
 
@@ -112,15 +113,17 @@ def test_as_far_from_float32_as_one_process_is(ranks, precision, sequence):
 
 
 def loss_alone(chapter, dtype, wrong):
-    """The loss over a table that is cut, with one target that is no word or, where wrong is None, none: what it raises, or (loss, dx, dweight)."""
-    mesh = chapter.parallel.make_mesh(tp=2)
-    chapter.tensor_parallel.CHUNK = 4
+    """The loss over a table that is cut, with one target that is no word or, where wrong is None, none: what it raises,
+    or (loss, dx, dweight).
+    """
+    mesh = chapter.parallel.mesh.make_mesh(tp=2)
+    chapter.parallel.tensor.CHUNK = 4
     torch.manual_seed(0)
     x, weight, targets = torch.randn(40, 8, dtype=dtype), torch.randn(61, 8, dtype=dtype), torch.randint(61, (40,))
     targets[::7] = chapter.data.IGNORE
-    first, last = chapter.tensor_parallel.vocabulary_part(61, mesh.tp)
+    first, last = chapter.parallel.tensor.vocabulary_part(61, mesh.tp)
     part, x = weight[first:last].clone().requires_grad_(), x.requires_grad_()
-    loss_of = chapter.tensor_parallel.VocabParallelLoss(first, 61, mesh.tp, sequence=False)
+    loss_of = chapter.parallel.tensor.VocabParallelLoss(first, 61, mesh.tp, sequence=False)
     if wrong is not None:
         targets[5] = wrong
         try:
@@ -153,14 +156,14 @@ def test_bytes_are_those_of_the_formula(ranks, tp, sequence):
     chapter = load_chapter(CHAPTER)
     config = chapter.model.ModelConfig(**SIZES)
     packs = [len(batch.input_ids) for batch in make_packs(chapter)]
-    once = chapter.tensor_parallel.bytes_sent(config, 0, tp, sequence)   # what does not depend on tokens: the norms
-    expected = sum(chapter.tensor_parallel.bytes_sent(config, T, tp, sequence) for T in packs) - once
+    once = chapter.parallel.tensor.bytes_sent(config, 0, tp, sequence)   # what does not depend on tokens: the norms
+    expected = sum(chapter.parallel.tensor.bytes_sent(config, T, tp, sequence) for T in packs) - once
     assert [sent for _, _, sent in ranks(tp, together, {"tp": tp}, {}, sequence)] == [expected] * tp
 
 
 def native(chapter, tp, sizes):
     model = make_model(chapter, sizes)
-    chapter.tensor_parallel.split_with_torch(model, init_device_mesh("cpu", (tp,)))
+    chapter.parallel.tensor.split_with_torch(model, init_device_mesh("cpu", (tp,)))
     loss = step(chapter, model, make_packs(chapter))
     gradients = [(name, p.shape, (0,) * p.dim(), p.grad.full_tensor().clone()) for name, p in model.named_parameters()]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()   # in place, hence the clones
@@ -180,7 +183,7 @@ def test_what_cannot_be_cut_is_refused_with_what_can():
     chapter = load_chapter(CHAPTER)
     config = chapter.model.ModelConfig(**SIZES)
     for size in (1, 2, 4):
-        chapter.tensor_parallel.check(config, size)
+        chapter.parallel.tensor.check(config, size)
     for size, what in {3: "8 query heads", 8: "4 key-value heads"}.items():
-        with pytest.raises(chapter.errors.InputError, match=f"--tp {size}: {what}.* with --tp 1 or 2 or 4"):
-            chapter.tensor_parallel.check(config, size)
+        with pytest.raises(chapter.cli.InputError, match=f"--tp {size}: {what}.* with --tp 1 or 2 or 4"):
+            chapter.parallel.tensor.check(config, size)

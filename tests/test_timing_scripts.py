@@ -50,7 +50,7 @@ def quick(tmp_path, monkeypatch):
     """idle.py in seconds; it writes to tmp_path."""
     for name, value in {"FIGURES": tmp_path, "ROUNDS": 1, "STEPS": 2, "WARMUP": 1, "PROFILED": 3, "B": 8}.items():
         monkeypatch.setattr(idle, name, value)
-    monkeypatch.setattr(chapter3.report, "RESULTS", tmp_path)
+    monkeypatch.setattr(chapter3.results, "RESULTS", tmp_path)
     return tmp_path
 
 

@@ -1,4 +1,5 @@
 """Every chapter's train.py: the loop, its numbers, and a resume that continues bit for bit."""
+import argparse
 import json
 import random
 from pathlib import Path
@@ -9,13 +10,15 @@ from safetensors.torch import load_file
 
 from chapters import TRAINED, load_chapter, run_here
 
+SETTINGS = {"documents": "", "data": "", "init": None}   # of a run that is saved without train.py
 SUMMARY_KEYS = ("chapter config parameters data steps tokens wall_seconds tokens_per_second peak_memory_bytes val_loss "
                 "val_bits_per_byte flops_per_token mfu device device_name dtype torch seed").split()
 
 
 def weights(out):
     """All that is saved of a run in tensors, the optimizer's and the random state too."""
-    return {name: value for path in (out / "checkpoint").glob("*.safetensors") for name, value in load_file(path).items()}
+    return {name: value for path in (out / "checkpoint").glob("*.safetensors")
+            for name, value in load_file(path).items()}
 
 
 def assert_same_run(a, b):
@@ -99,18 +102,25 @@ class Killed(BaseException):
 
 # Chapter 1 alone has dropout: a random state that training itself depends on.
 RUNS = [pytest.param(name, {}, (), id=name) for name in TRAINED]
-RUNS += [pytest.param(name, {"dropout": 0.2}, (), id=f"{name}-dropout") for name in TRAINED if name.startswith("chapter-01")]
+RUNS += [pytest.param(name, {"dropout": 0.2}, (), id=f"{name}-dropout") for name in TRAINED
+         if name.startswith("chapter-01")]
 # From chapter 4 on rounding is random, and a scale and packs in flight have to be remembered.
-RUNS += [pytest.param(name, {}, flags, id=f"{name}-{flags[1]}") for name in TRAINED if hasattr(load_chapter(name), "precision")
-         for flags in (("--precision", "bf16-pure"), ("--precision", "fp16", "--accumulate", 2, "--checkpointing", "selective"))]
+RUNS += [pytest.param(name, {}, flags, id=f"{name}-{flags[1]}") for name in TRAINED
+         if hasattr(load_chapter(name), "precision")
+         for flags in (("--precision", "bf16-pure"), ("--precision", "fp16", "--accumulate", 2, "--checkpointing",
+                                                      "selective"))]
 
 
 @pytest.mark.parametrize("name, changes, flags", RUNS)
 def test_resumed_equals_uninterrupted_bit_for_bit(name, changes, flags, tmp_path, text_file, monkeypatch):
-    """N steps = k steps, killed, resumed: weights, optimizer, order of the data and random state. Three kills in a row."""
+    """N steps = k steps, killed, resumed: weights, optimizer, order of the data and random state.
+
+    Three kills in a row.
+    """
     chapter = load_chapter(name)
     monkeypatch.setitem(chapter.model.CONFIGS, "small", chapter.model.ModelConfig(**{
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **chapter.sizes, **changes}))
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        **chapter.sizes, **changes}))
     run = ["--data", text_file, *chapter.quick, *flags, "--steps", 30, "--save-every", 4]
     run_here(chapter.train, *run, "--out", tmp_path / "whole")
     adamw = chapter.train.adamw
@@ -151,8 +161,9 @@ def test_a_run_that_diverges_keeps_the_checkpoint_before(chapter, tmp_path, text
     run = ["--data", text_file, *chapter.quick, "--save-every", 2, "--out", tmp_path]
     run_here(chapter.train, *run, "--steps", 2)
     clip = getattr(torch.nn.utils, chapter.clip)
-    monkeypatch.setattr(torch.nn.utils, chapter.clip, lambda parameters, limit, *norm: clip(parameters, float("nan"), *norm))
-    with pytest.raises(chapter.errors.InputError, match="diverged"):
+    monkeypatch.setattr(torch.nn.utils, chapter.clip,
+                        lambda parameters, limit, *norm: clip(parameters, float("nan"), *norm))
+    with pytest.raises(chapter.cli.InputError, match="diverged"):
         run_here(chapter.train, *run, "--steps", 4, "--resume")
     monkeypatch.undo()
     run_here(chapter.train, *run, "--steps", 4, "--resume")
@@ -166,24 +177,26 @@ def test_a_complete_checkpoint_exists_at_every_instant(chapter, tmp_path, text_f
         pytest.skip("test_sharded_checkpoint.py has one of its own")
     tokenizer = chapter.make_tokenizer(chapter.data.read_text(text_file))
     model = chapter.make_model(tokenizer, num_hidden_layers=1)
-    optimizer = chapter.train.adamw(model, 1e-3)
+    optimizer, state = chapter.make_optimizer(model), chapter.training_state
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()   # now it has moments to save
+    optimizer.inner.step()   # now it has moments to save
 
     def save(out, step):
         with torch.no_grad():
             model.model.norm.weight.fill_(step)
-        checkpoint.save_checkpoint(out, model, tokenizer, optimizer, {"step": step})
+        state.save_checkpoint(out, model, tokenizer, optimizer, {"step": step, "settings": SETTINGS})
 
     def found(out):
         folder = checkpoint.complete_checkpoint(out)
         loaded, _ = checkpoint.load_model(folder)
-        step = checkpoint.load_training_state(folder, chapter.train.adamw(loaded, 1e-3))["step"]
+        step = state.load_training_state(folder, chapter.make_optimizer(loaded), SETTINGS,
+                                         argparse.Namespace(steps=3, minutes=None))["step"]
         assert loaded.model.norm.weight[0] == step, "weights and state are of different steps"
         return step
 
-    operations = [(module, "save_file") for module in (checkpoint, chapter.model) if hasattr(module, "save_file")]
+    operations = [(module, "save_file") for module in (checkpoint, state, getattr(chapter, "pretrained", None))
+                  if hasattr(module, "save_file")]
     operations += [(checkpoint.os, "fsync"), (checkpoint.os, "replace"), (Path, "rename"), (Path, "write_text"),
                    (Path, "mkdir"), (checkpoint.shutil, "rmtree"), (checkpoint.shutil, "copyfile")]
     outcomes = []

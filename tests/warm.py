@@ -1,11 +1,13 @@
-"""Processes that begin warm: forked from one that has imported torch and nothing of ours, they start in a tenth of a second, not in five.
+"""Processes that begin warm: forked from one that has imported torch and nothing of ours, they start in a tenth of a
+second, not in five.
 
-    done = warm.run("-m", "pytest", "-q", "tests/test_model.py", cwd=ROOT)       # as subprocess.run([python, "-m", ...]) would
-    process = warm.start(chapter.folder / "train.py", "--steps", 4)              # to be killed: process.kill()
+    done = warm.run("-m", "pytest", "-q", "tests/test_model.py", cwd=ROOT)   # as subprocess.run([python, "-m", ...])
+    process = warm.start(chapter.folder / "train.py", "--steps", 4)          # to be killed: process.kill()
 
-What runs is what `python ...` would run: the same file, arguments, folder and environment, in a process of its own. Only an import that
-a script forgot, and the warm process happens to have, would go unnoticed: so each chapter's train.py is started cold once
-(test_train.py). Where fork and torch do not go well together, on macOS, on Windows and beside CUDA, these processes start cold too.
+What runs is what `python ...` would run: the same file, arguments, folder and environment, in a process of its own.
+Only an import that a script forgot, and the warm process happens to have, would go unnoticed: so each chapter's
+train.py is started cold once (test_train.py). Where fork and torch do not go well together, on macOS, on Windows and
+beside CUDA, these processes start cold too.
 """
 import atexit
 import functools
@@ -19,8 +21,10 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 IMPORTED = ["torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.nn.attention.varlen", "torch.profiler",
-            "torch.utils.flop_counter", "torch.utils.tensorboard", "tensorboard.backend.event_processing.event_accumulator",
-            "transformers.models.gpt2.modeling_gpt2", "transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.modeling_auto",
+            "torch.utils.flop_counter", "torch.utils.tensorboard",
+            "tensorboard.backend.event_processing.event_accumulator",
+            "transformers.models.gpt2.modeling_gpt2", "transformers.models.qwen3.modeling_qwen3",
+            "transformers.models.auto.modeling_auto",
             "matplotlib.backends.backend_agg", "hypothesis", "tiktoken", "tqdm", "pytest", "_pytest.assertion.rewrite"]
 
 
@@ -44,7 +48,8 @@ def become(arguments, cwd, environment, path, files):
     sys.stdin, sys.stdout, sys.stderr = (open(stream, mode, closefd=False) for stream, mode in enumerate("rww"))
     os.chdir(cwd)
     os.environ.clear()
-    os.environ.update(environment, **({"WARM": "1"} if multiprocessing.get_start_method(allow_none=True) == "forkserver" else {}))
+    os.environ.update(environment, **({"WARM": "1"} if multiprocessing.get_start_method(allow_none=True)
+                                      == "forkserver" else {}))
     first, *rest = arguments
     try:
         if first == "-c":
@@ -62,9 +67,11 @@ def become(arguments, cwd, environment, path, files):
 
 def start(*arguments, cwd=None, env=None, output=(os.devnull, os.devnull)):
     """A multiprocessing.Process that is `python arguments...`, its standard output and error in two files."""
-    path = [entry for entry in sys.path if entry and Path(entry).resolve() not in (TESTS, TESTS.parent)]   # not what pytest added
+    # Not what pytest added.
+    path = [entry for entry in sys.path if entry and Path(entry).resolve() not in (TESTS, TESTS.parent)]
     process = context().Process(target=become, args=(
-        list(map(str, arguments)), str(cwd or os.getcwd()), dict(env or os.environ), path, [os.devnull, *map(str, output)]))
+        list(map(str, arguments)), str(cwd or os.getcwd()), dict(env or os.environ), path,
+        [os.devnull, *map(str, output)]))
     process.start()
     return process
 

@@ -1,0 +1,45 @@
+"""AdamW, its learning rate over a run, and everything that happens between backward and the next step's forward."""
+import math
+
+import torch
+
+
+def adamw(model, learning_rate, weight_decay=0.1):
+    """AdamW with weight decay on matrices only: pulling biases and norm weights towards zero helps nothing."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+
+
+def schedule(progress, warmup=0.05, floor=0.1):
+    """Share of the highest learning rate at progress (0 to 1 of the run): a linear rise, then half a cosine down to
+    floor.
+    """
+    if progress < warmup:
+        return max(progress, 0.001) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+class Optimizer:
+    """inner: a torch optimizer for the model's parameters, adamw(model, ...) for instance.
+
+    Gradients are clipped to norm 1.
+    """
+
+    def __init__(self, model, inner):
+        self.parameters, self.inner = list(model.parameters()), inner
+
+    def zero_grad(self):
+        self.inner.zero_grad()
+
+    def step(self, learning_rate):
+        """After backward: clip the gradients and update the weights.
+
+        Returns the norm before clipping, a scalar tensor.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for group in self.inner.param_groups:
+            group["lr"] = learning_rate
+        self.inner.step()
+        return norm

@@ -1,0 +1,237 @@
+"""Matrix products with few rows, as decoding needs them: what counts is how fast the weights are read.
+
+    python small_batch_matmul.py        (in this folder: GB/s of each way, beside what the memory gives)
+
+A new token is one row: each weight is read from memory, used for one multiplication and one addition, and not needed
+again before the next token. With sixteen texts there are sixteen rows, and still nearly all of the time should go into
+reading. Libraries are made for hundreds of rows. On a CPU with a few of them what nn.Linear calls is several times
+slower than the memory. Two cures: to ask for the same product in another order or dtype, which needs nothing but torch;
+and small_batch_matmul.cpp, some pages of C++ that read the weights as fast as the memory gives them. It is used where
+for_small_batches(model, use_kernel=True) asks for it. At work, on a GPU: leave it to torch.compile, whose matrix
+products for one row do the same.
+
+Weights of 8 or 4 bits (quantized.py) are a half or a quarter of the bytes to read. That is worth something only if to
+turn them into numbers costs less than to read them. PyTorch's own operators for this are in the table of main() too.
+And what did not count beside the reading counts now: attention of one new token in each layer, a dozen calls from
+Python, is one operator here.
+"""
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout   # torch stands on it, so it is there
+from torch import nn
+from torch.utils import cpp_extension
+
+from cli import InputError, run
+from compiler import NEEDED, check_compiler
+from custom_ops import CHAPTER
+from flops import read_ceiling
+from integers import Format
+from quantized import Int4Linear, Int8Linear, native_product
+from results import write_results
+
+# AVX-512 or AMX instructions for bfloat16. Without them a product of several rows is cheaper in float32, the conversion
+# of the weights included.
+HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+FEW = 32   # rows up to which the kernel is faster than a library that is made for many
+# For torch.compile: what it makes between two products is so small that to wake a second thread takes longer, and its
+# check of every tensor's shape before every operator (the same in each step) is a few hundred calls.
+SMALL = {"cpp.min_chunk_size": 8192, "size_asserts": False}
+
+
+def weights_first(x, weight):
+    """(weight x^T)^T instead of x weight^T: the same sums, but the library cuts the long side of the weights into
+    tiles.
+    """
+    return (weight @ x.T).T.contiguous()
+
+
+def in_float32(x, weight):
+    return weights_first(x.float(), weight.float()).to(x.dtype)
+
+
+def linear(x, weight):
+    """x (T, in), weight (out, in) -> x weight^T (T, out), by the call of torch that reads the weights fastest."""
+    if x.is_cpu and weight.dtype == torch.float32:
+        return weights_first(x, weight)
+    # For one row, or two, torch has a kernel that needs no such instructions.
+    if x.is_cpu and not HAS_BFLOAT16 and len(x) > 2:
+        return in_float32(x, weight)
+    return F.linear(x, weight)
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Of several processes that compile into a folder one works, and the others wait.
+
+    This lock ends with its process.
+    """
+    lock = FileLock(folder / "compiling")
+    try:
+        held = lock.acquire(timeout=2)
+    except Timeout:
+        print(f"waiting for another process that compiles the same; it holds {lock.lock_file}", file=sys.stderr)
+        held = lock.acquire()
+    with held:
+        yield
+
+
+@functools.cache
+def operators():
+    """The operators of small_batch_matmul.cpp; compiled when it is first needed, which takes some ten seconds, and kept
+    on disk.
+    """
+    name = f"{CHAPTER}_small_batch"
+    check_compiler("cpu")
+    # Where ninja is: the library looks on the path only.
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+    # -fno-tree-...: without two passes of GCC, which move what is in registers to memory and back (four rows: 1.3 times
+    # faster).
+    flags = ["-O3", "-march=native", "-ffast-math", "-fno-tree-ter", "-fno-tree-slp-vectorize", "-fopenmp",
+             f"-DLIBRARY={CHAPTER}"]
+    try:
+        folder = Path(cpp_extension._get_build_directory(name, False))
+        with alone_in(folder):
+            # The library's own, which outlives a compilation that was killed.
+            (folder / "lock").unlink(missing_ok=True)
+            cpp_extension.load(name, [str(Path(__file__).parent / "small_batch_matmul.cpp")], is_python_module=False,
+                               extra_cflags=flags,
+                               extra_ldflags=["-fopenmp"])
+    except OSError as error:
+        raise InputError(f"small_batch_matmul.cpp cannot be compiled in {error.filename}: {error.strerror};"
+                         " TORCH_EXTENSIONS_DIR=DIR in the environment chooses another folder") from None
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        problem = next((line for line in str(error).splitlines()[1:] if "rror" in line), error)
+        raise InputError(f"small_batch_matmul.cpp cannot be compiled by {os.environ['CXX']} ({problem}); it needs"
+                         f" {NEEDED}; without --compile it is not used") from None
+    # What torch.compile has to know: the shape of the result.
+    for name in ("small_batch_matmul", "small_batch_int8", "small_batch_int4"):
+        torch.library.register_fake(f"{CHAPTER}::{name}")(lambda x, weight, *scales: x.new_empty(len(x), len(weight)))
+    torch.library.register_fake(f"{CHAPTER}::one_token_attention")(lambda q, *cache: torch.empty_like(q))
+    return getattr(torch.ops, CHAPTER)
+
+
+def kernel():
+    return operators().small_batch_matmul.default
+
+
+def integer_kernel(layer):
+    """The operator of small_batch_matmul.cpp for an Int8Linear or Int4Linear: x -> x weight^T, or None where the layer
+    does not fit.
+    """
+    group = layer.in_features * layer.out_features // layer.scale.numel()
+    if (type(layer) not in (Int8Linear, Int4Linear) or layer.in_features % 64 or layer.out_features % 4
+            or (group != 32 and group % 64)
+            or not layer.weight.is_cpu or layer.scale.dtype not in (torch.float32, torch.bfloat16)):
+        return None
+    if type(layer) is Int8Linear:
+        product = operators().small_batch_int8.default
+        return lambda x: product(x, layer.weight, layer.scale)
+    product = operators().small_batch_int4.default
+    return lambda x: product(x, layer.weight, layer.scale, layer.zero)
+
+
+def one_token_attention(head_dim, weight):
+    """kv_cache.cached_attention where every sequence has one new token, or None where it does not fit. weight: for
+    dtype and device.
+    """
+    if weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16) and head_dim % 8 == 0:
+        return operators().one_token_attention.default
+
+
+class FewRows(nn.Linear):
+    """nn.Linear without bias, for generation; no gradients needed."""
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
+class FewRowsByKernel(nn.Linear):
+    def forward(self, x):
+        return self.product(x, self.weight) if len(x) <= FEW else linear(x, self.weight)
+
+
+def for_small_batches(model, use_kernel=False):
+    """Let a model's linear layers use the products above. Same weights, same names; returns the model."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            fits = (module.in_features % 64 == 0 and module.out_features % 4 == 0 and module.weight.is_cpu
+                    and module.weight.dtype in (torch.float32, torch.bfloat16))
+            # Only the method changes, and nothing has to be copied.
+            module.__class__ = FewRows
+            if use_kernel and fits:
+                module.__class__, module.product = FewRowsByKernel, kernel()
+        elif isinstance(module, Int8Linear):
+            way = integer_kernel if use_kernel else native_product if module.weight.is_cuda else lambda layer: None
+            if (product := way(module)) is not None:
+                module.product, module.few = product, FEW
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------ measuring
+
+ROWS = (1, 2, 4, 8, 16, 64)
+
+
+def bytes_per_second(ways, x, nbytes):
+    """Of reading all the weights once.
+
+    Together they are larger than any cache. ways: a function of x for each weight.
+    """
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        for way in ways:
+            way(x)
+        times.append(time.perf_counter() - start)
+    return nbytes / min(times)
+
+
+def random_layer(kind, format, dtype):
+    layer = kind(1024, 3072, format, dtype)
+    layer.weight.random_()
+    nn.init.constant_(layer.scale, 1e-3)
+    return layer
+
+
+def main():
+    ceiling, table = read_ceiling("cpu"), []
+    print(f"reading alone: {ceiling / 1e9:.1f} GB/s\n\n{'GB/s of weights; rows:':<46}"
+          + "".join(f"{rows:>7}" for rows in ROWS))
+
+    def measure(name, way, dtype, ways, nbytes):
+        row = {"dtype": name, "way": way}
+        row |= {str(rows): bytes_per_second(ways, torch.randn(rows, 1024).to(dtype), nbytes) / 1e9 for rows in ROWS}
+        print(f"{name:<20}{way:<26}" + "".join(f"{row[str(rows)]:>7.1f}" for rows in ROWS), flush=True)
+        table.append(row)
+
+    ways = {"nn.Linear": F.linear, "weights first": weights_first, "weights first, in float32": in_float32,
+            "small_batch_matmul.cpp": kernel()}
+    for dtype, number in ((torch.float32, 16), (torch.bfloat16, 32)):
+        weights = [(torch.randn(3072, 1024) * 0.02).to(dtype) for _ in range(number)]   # of Qwen3 0.6B's MLP
+        for name, way in ways.items():
+            if name != "weights first, in float32" or dtype != torch.float32:
+                measure(str(dtype).removeprefix("torch."), name, dtype,
+                        [functools.partial(way, weight=weight) for weight in weights],
+                        sum(weight.nbytes for weight in weights))
+    for name, kind, format, number in (("int8", Int8Linear, Format(8), 64),
+                                       ("int4, groups of 128", Int4Linear, Format(4, 128), 128),
+                                       ("int4, groups of 32", Int4Linear, Format(4, 32), 128)):
+        layers = [random_layer(kind, format, torch.bfloat16) for _ in range(number)]
+        for way, product in (("PyTorch's operator", native_product), ("small_batch_matmul.cpp", integer_kernel)):
+            measure(name, way, torch.bfloat16, [product(layer) for layer in layers],
+                    sum(layer.weight.nbytes + layer.scale.nbytes for layer in layers))
+    table.append({"dtype": "", "way": "reading alone"} | {str(rows): ceiling / 1e9 for rows in ROWS})
+    columns = {"dtype": "dtype", "way": "GB/s of weights"} | {str(rows): f"{rows} rows" for rows in ROWS}
+    print(write_results("small_batch_matmul", "python chapter-07-quantization/small_batch_matmul.py", columns, table))
+
+
+if __name__ == "__main__":
+    run(main)
