@@ -55,7 +55,7 @@ class GradScaler:
     def __init__(self, precision, interval=2000):
         self.scale, self.good_steps, self.interval = 2.0 ** 16 if precision == "fp16" else 1.0, 0, interval
         self.enabled = precision == "fp16"
-        self.skipped = self.in_a_row = 0   # steps without an update: in all, and one after the other
+        self.steps = self.skipped = self.in_a_row = 0   # all, those without an update, the last of these
 
     @torch.no_grad()
     def unscale(self, parameters):
@@ -72,18 +72,21 @@ class GradScaler:
         if finite:
             optimizer.step()
         self.update(finite)
+        self.steps += 1
         self.skipped += not finite
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if self.in_a_row == PATIENCE:
-            raise InputError(f"the gradient was not finite in {PATIENCE} steps in a row; what was saved before is kept"
-                             " as it was; try a lower --learning-rate, and instead of fp16 bf16")
+            raise InputError(f"the gradient was not finite in {PATIENCE} steps in a row, up to step {self.steps};"
+                             " what was saved before is kept as it was; try a lower --learning-rate, and instead of"
+                             " fp16 bf16")
         return finite
 
     def state_dict(self):
         return {"scaler": (self.scale, self.good_steps), "skipped": self.skipped}
 
     def load_state_dict(self, state):
-        (self.scale, self.good_steps), self.skipped = state["scaler"], state["skipped"]
+        """state: that of the run, which counts the steps itself."""
+        (self.scale, self.good_steps), self.skipped, self.steps = state["scaler"], state["skipped"], state["step"]
 
     def update(self, finite):
         """finite: whether all gradients of the step were."""

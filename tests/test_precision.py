@@ -340,10 +340,10 @@ def test_moments_that_are_missing_are_told(chapter, text_file, tmp_path, call):
 
 def test_too_many_in_a_row_end_the_run_and_leave_the_checkpoint(chapter, text_file, tmp_path, monkeypatch, call):
     spoil(chapter, monkeypatch, range(11, 99))
-    expect_error(call(chapter.train, "--data", text_file, *chapter.quick, "--steps", 90, "--save-every", 5,
-                      "--out", tmp_path),
-                 "20 steps in a row", "--learning-rate")
+    run = ["--data", text_file, *chapter.quick, "--steps", 90, "--save-every", 5, "--out", tmp_path]
+    expect_error(call(chapter.train, *run), "20 steps in a row, up to step 30", "--learning-rate")
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 25
+    expect_error(call(chapter.train, *run, "--resume"), "up to step 45")
     chapter.checkpoint.load_model(tmp_path)
 
 
