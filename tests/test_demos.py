@@ -1,4 +1,4 @@
-"""Chapter 2's pictures: packing_demo.py, rope_demo.py and gqa_demo.py run, and their own checks can fail."""
+"""Chapter 2's pictures: packing_demo.py and its like run, and their own checks can fail."""
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,6 +7,7 @@ from chapters import load_chapter
 
 chapter2 = load_chapter("chapter-02-qwen3-packed")
 packing, rope, gqa = chapter2.packing_demo, chapter2.rope_demo, chapter2.gqa_demo
+norm, gate = chapter2.norm_demo, chapter2.gate_demo
 
 
 @pytest.fixture
@@ -16,13 +17,16 @@ def offline(monkeypatch, text_file):
 
 
 @pytest.mark.parametrize("name, figures", [
-    ("packing_demo", ["padding_map", "packed_batch"]), ("rope_demo", ["rope"]), ("gqa_demo", ["gqa"])])
+    ("packing_demo", ["padding_map", "packed_batch"]), ("rope_demo", ["rope"]), ("gqa_demo", ["gqa"]),
+    ("norm_demo", ["norm"]), ("gate_demo", ["gate"])])
 def test_script_runs_and_draws(name, figures, tmp_path, monkeypatch, capsys, offline):
     script = getattr(chapter2, name)
-    monkeypatch.setattr(script, "FIGURES", tmp_path)   # leave the repository's figures as they are
+    monkeypatch.setattr(script, "FIGURES", tmp_path)   # leave the repository's figures as they are, and its results
+    monkeypatch.setattr(chapter2.results, "RESULTS", tmp_path / "results")
     script.main()
-    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(figures)
-    for path in tmp_path.iterdir():
+    drawn = list(tmp_path.glob("*.png"))
+    assert sorted(path.stem for path in drawn) == sorted(figures)
+    for path in drawn:
         assert 5_000 < path.stat().st_size < 200_000, path
     assert f"figures/{figures[0]}.png" in capsys.readouterr().out
 
@@ -122,3 +126,85 @@ def test_gqa_proof_turns_red(bug, monkeypatch):
     monkeypatch.setattr(gqa, "packed_attention", turns if bug == "heads take turns" else one_document)
     with pytest.raises(AssertionError, match="must read head"):
         gqa.show_equality()
+
+
+# ------------------------------------------------------------------------------------------------- norm_demo.py
+
+def test_norms_are_those_of_torch():
+    norm.show_equalities()
+    norm.show_the_mean()
+
+
+@pytest.mark.parametrize("bug", ["variance", "no eps", "eps behind the root", "no mean of squares", "no bias"])
+def test_norm_proof_turns_red(bug, monkeypatch):
+    def rms(x, eps):
+        return x.square().mean(-1, keepdim=True).add(eps).sqrt()
+
+    wrong = {"variance": lambda self, x: self.weight * x / rms(x - x.mean(-1, keepdim=True), self.eps),
+             "no eps": lambda self, x: self.weight * x / rms(x, 0),
+             "eps behind the root": lambda self, x: self.weight * x / (rms(x, 0) + self.eps),
+             "no mean of squares": lambda self, x: self.weight * x / x.norm(dim=-1, keepdim=True),
+             "no bias": lambda self, x: torch.layer_norm(x, x.shape[-1:], self.weight, 0 * self.bias, self.eps)}
+    monkeypatch.setattr(norm.LayerNorm if bug == "no bias" else norm.RMSNorm, "forward", wrong[bug])
+    with pytest.raises(AssertionError, match="Norm written out = nn."):
+        norm.show_equalities()
+
+
+@pytest.mark.parametrize("mean_too, wrong", [(True, False), (False, True)])
+def test_each_norm_has_its_own_projection(mean_too, wrong):
+    layer = norm.nn.LayerNorm(norm.D) if mean_too else norm.nn.RMSNorm(norm.D, norm.EPS)
+    x, dy = torch.randn(2, 5, norm.D) + 1
+    dx = norm.forward_and_backward(layer, x, dy)[1]
+    assert_close(dx, norm.projected(dy, x, layer.weight, layer.eps, mean_too))
+    assert (dx - norm.projected(dy, x, layer.weight, layer.eps, wrong)).abs().max() > 0.01
+
+
+def test_what_is_left_to_move():
+    assert norm.free_directions(norm.RMSNorm(norm.D, norm.EPS)) == norm.D - 1
+    assert norm.free_directions(norm.LayerNorm(norm.D, norm.EPS)) == norm.D - 2
+    assert norm.free_directions(torch.nn.Identity()) == norm.D
+
+
+def test_traffic_by_hand():
+    x = torch.randn(10, 8)
+    with norm.Traffic() as traffic:
+        x.view(8, 10).t()                               # nothing moves
+        y = x * 2                                       # x, y
+        y += x.mean(-1, keepdim=True)                   # x and the means; y, the means, y
+    assert (traffic.operators, traffic.bytes) == (3, 4 * (160 + 90 + 170))
+    row = norm.traffic(torch.nn.Tanh())                 # forward x, y; backward dy, y, dx; keeps y
+    assert row == {"operators": 2, "forward": 2, "backward": 3, "kept": 1}
+
+
+# ------------------------------------------------------------------------------------------------- gate_demo.py
+
+def test_the_gated_mlp_is_the_formula():
+    gate.show_equality()
+
+
+@pytest.mark.parametrize("bug", ["gate and up swapped", "GELU", "a sum"])
+def test_gate_proof_turns_red(bug, monkeypatch):
+    silu = torch.nn.functional.silu
+    inside = {"gate and up swapped": lambda self, x: self.gate_proj(x) * silu(self.up_proj(x)),
+              "GELU": lambda self, x: torch.nn.functional.gelu(self.gate_proj(x)) * self.up_proj(x),
+              "a sum": lambda self, x: silu(self.gate_proj(x)) + self.up_proj(x)}[bug]
+    monkeypatch.setattr(gate.MLP, "forward", lambda self, x: self.down_proj(inside(self, x)))
+    with pytest.raises(AssertionError, match="the MLP of model.py = the formula"):
+        gate.show_equality()
+
+
+def test_two_gates_multiply_and_gelus_come_near():
+    x = torch.tensor([[2.0, -3.0], [0.0, 5.0], [-1.5, -1.5]])
+    assert_close(gate.multiplying_gates()(x)[:, 0], torch.tensor([-6.0, 0.0, 2.25]))
+    errors = [gate.multiplication_error(gate.multiplying_gelus(scale), torch.float32) for scale in (1, 0.1)]
+    assert errors[0] > 1 and errors[1] < errors[0] / 10
+    gelus, gates = gate.multiplying_gelus(0.01), gate.multiplying_gates()
+    assert gate.multiplication_error(gelus, torch.bfloat16) > 5 * gate.multiplication_error(gates, torch.bfloat16)
+
+
+def test_costs_by_hand():
+    M = 32   # a token of D numbers; the MLP keeps it, and of M each: what is bent, bent, and their like in the gate
+    plain = gate.cost(gate.GeluMLP(gate.D, M))
+    assert plain == {"parameters": 2 * gate.D * M, "mflops": 4 * gate.D * M / 1e6, "kept": gate.D + 2 * M}
+    gated = gate.cost(gate.swiglu(gate.D, M))
+    assert gated == {"parameters": 3 * gate.D * M, "mflops": 6 * gate.D * M / 1e6, "kept": gate.D + 4 * M}
