@@ -24,7 +24,7 @@ from model import CONFIGS, MLP
 from results import FIGURES, write_results
 
 T, D = 64, 768   # the width of GPT-2 124M, which 3 divides
-TEAL, ORANGE, VIOLET, GREY = "#1f6f8b", "#d9822b", "#7a5195", "#888888"
+TEAL, ORANGE, GREY = "#1f6f8b", "#d9822b", "#888888"
 
 
 class GeluMLP(nn.Module):
