@@ -11,7 +11,8 @@ class Progress:
     def __init__(self, out, steps, done):
         for events in (out / "tensorboard").glob("events.out.tfevents.*") if done == 0 else ():
             events.unlink()   # the curves of another run would mix with these
-        self.writer = SummaryWriter(out / "tensorboard", purge_step=done)
+        # Of what a killed run has recorded, the steps from purge_step on are hidden: this run makes them again.
+        self.writer = SummaryWriter(out / "tensorboard", purge_step=done + 1)
         self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
         self.shown = {}   # what the bar says
 

@@ -2,6 +2,7 @@
 import argparse
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,20 @@ def test_tensorboard_holds_scalars_samples_and_hyperparameters(chapter, tmp_path
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
     tags = events.Tags()
     assert "sample/text_summary" in tags["tensors"] and "_hparams_/experiment" in events.summary_metadata
+
+
+@pytest.mark.reaches("progress")
+def test_curves_go_on_where_the_run_does(chapter, tmp_path):
+    """A run that was killed in step 6 and goes on after step 4, the last that was saved: each step once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    for done, end in ((0, 6), (4, 8)):
+        with chapter.progress.Progress(tmp_path, 8, done) as progress:
+            for step in range(done + 1, end + 1):
+                progress.step(step, {}, {"loss": 10 * done + step})
+        progress.writer.close()
+        time.sleep(1.1)   # of two files of the same second one does not know which is the later one
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(e.step, e.value) for e in events] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 45), (6, 46), (7, 47), (8, 48)]
 
 
 def test_bits_per_byte_counts_every_token_and_byte_once(chapter, text_file):
