@@ -1,6 +1,7 @@
 """The bigram model: look at the last token only, and ask what followed it in the training text.
 
-    python chapter-01-foundations/bigram.py
+    python chapter-01-foundations/bigram.py                     half a minute
+    python chapter-01-foundations/bigram.py --tokenizer char    a few seconds; draws the table, figures/bigram.png
 
 The oldest language model there is (Markov 1913, Shannon 1948), made twice. Counted: one pass over the text. Learned: a
 table of logits that begins at zero and goes down the gradient of the cross-entropy. They come out the same, because
@@ -17,19 +18,23 @@ import time
 from types import SimpleNamespace
 
 import torch
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 from assert_equal import check_equal
 from cli import ArgumentParser, run
-from data import BPETokenizer, fetch, load_documents, split_documents
+from data import fetch, load_documents, split_documents, train_tokenizer
 from generate import generate
 from model import CONFIGS
+from results import FIGURES
 from train import evaluate
 
 ALPHAS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 STEPS = 1000
 FREQUENT = 20   # a pair seen so often is one whose probability the text really tells
+SHOWN = 60      # characters in the picture
 
 
 class Bigram(nn.Module):
@@ -98,18 +103,44 @@ def learn_table(model, counts, steps, learning_rate=0.3):
 
 def show_followers(counts, counted, learned, tokenizer):
     print("\nWhat follows, by counting (by gradient descent):")
-    for before in counts.sum(dim=1).topk(4).indices.tolist():
-        best = counts[before].topk(4).indices.tolist()
+    for before in counts.sum(dim=1).argsort(descending=True)[:4].tolist():
+        best = counts[before].argsort(descending=True)[:4].tolist()
         followers = "  ".join(f"{tokenizer.decode([i])!r} {counted[before, i]:.3f} ({learned[before, i]:.3f})"
                               for i in best)
         print(f"    {tokenizer.decode([before])!r:<8}{followers}")
 
 
-def run_model(source):
-    """Count, score, learn, compare. source: a fetched name or a file. Returns the row for lineage.py."""
+def draw_table(path, counts, counted, tokenizer):
+    """The counted table as a picture: the characters that occur most often, in the order of the alphabet."""
+    shown = counts.sum(dim=1).argsort(descending=True)[:SHOWN].sort().values   # (S,)
+    names = [tokenizer.decode([i]) for i in shown.tolist()]
+    names = [{" ": "\u2423", "\n": "\u21b5", "\n\n": "\u00b6"}.get(name, name) for name in names]
+    fig = Figure(figsize=(10, 9), dpi=120, layout="constrained")
+    fig.get_layout_engine().set(h_pad=0.1)
+    ax = fig.subplots()
+    teal = LinearSegmentedColormap.from_list("teal", ["#f7f7f4", "#1f6f8b", "#0b2f3d"])
+    # Of its square root, or one would see little beside the few pairs that are nearly certain.
+    image = ax.imshow(counted[shown][:, shown].sqrt().numpy(), cmap=teal, vmin=0, vmax=1)
+    ax.set_xticks(range(len(shown)), names, fontsize=10)
+    ax.set_yticks(range(len(shown)), names, fontsize=10)
+    ax.tick_params(length=0, labeltop=True, labelright=True)
+    ax.set_xlabel("the next character   (\u2423 space, \u21b5 end of a line, \u00b6 end of a document)", fontsize=13)
+    ax.set_ylabel("the last character", fontsize=13)
+    shares = (0, 0.01, 0.1, 0.25, 0.5, 1)
+    bar = fig.colorbar(image, ax=ax, shrink=0.5, pad=0.02, ticks=[share ** 0.5 for share in shares])
+    bar.ax.set_yticklabels([f"{share:.0%}" for share in shares], fontsize=11)
+    FIGURES.mkdir(exist_ok=True)
+    fig.savefig(path)
+
+
+def run_model(source, kind):
+    """Count, score, learn, compare. source: a fetched name or a file; kind: of the tokenizer.
+
+    Returns the row for lineage.py, with a sample.
+    """
     start = time.perf_counter()
     train_documents, val_documents = load_documents(source)
-    tokenizer = BPETokenizer.train(train_documents, CONFIGS["small"].vocab_size)
+    tokenizer = train_tokenizer(kind, train_documents, val_documents, CONFIGS["small"].vocab_size)
     alpha = choose_alpha(train_documents, tokenizer, source)
     counts = count_pairs(train_documents, tokenizer)
     model = Bigram(smoothed(counts, alpha).log())
@@ -140,19 +171,25 @@ def run_model(source):
     check_equal("training loss of both", torch.tensor(progress[STEPS][0]), torch.tensor(nats_per_pair(counts, counted)),
                 tolerance=1e-3)
     show_followers(counts, counted, learned, tokenizer)
-    print(f"\nA sample of the counted table:\n\n{tokenizer.decode(generate(model, tokenizer, [], 120))}\n")
+    if kind == "char":
+        draw_table(FIGURES / "bigram.png", counts, counted, tokenizer)
+        print("\nThe table as a picture: figures/bigram.png")
+    sample = tokenizer.decode(generate(model, tokenizer, [], 300))[:300]
+    print(f"\nA sample of the counted table:\n\n{sample}\n")
     print("At work: counting, while the context is one or two tokens; nothing is faster. Beyond that, learning.")
     print(f"bigram: {bits:.4f} bits per byte on the validation documents, {seconds:.0f} s, {counts.numel():,}"
           " parameters")
     return {"model": "bigram", "parameters": counts.numel(), "context": "1", "seconds": seconds,
-            "val_bits_per_byte": bits}
+            "val_bits_per_byte": bits, "sample": sample}
 
 
 def main():
     parser = ArgumentParser(description="Count pairs of tokens, and learn the same table by gradient descent.")
     parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH",
                         help="tinyshakespeare, python-docs, wikitext-2, or a .txt or .jsonl file")
-    run_model(fetch(parser.parse_args().data))
+    parser.add_argument("--tokenizer", choices=("bpe", "char"), default="bpe", help="byte pairs or single characters")
+    arguments = parser.parse_args()
+    run_model(fetch(arguments.data), arguments.tokenizer)
 
 
 if __name__ == "__main__":

@@ -196,6 +196,14 @@ class BPETokenizer(Tokenizer):
             return [i for piece in pieces for i in self.encoding._encode_single_piece(piece)]
 
 
+def train_tokenizer(kind, train_documents, val_documents, vocab_size):
+    """A tokenizer of kind "bpe" or "char" for these documents."""
+    if kind == "bpe":
+        return BPETokenizer.train(train_documents, vocab_size)
+    # The alphabet of both: a character that occurs in validation alone has no byte to fall back to.
+    return CharTokenizer.train(train_documents + val_documents)
+
+
 def load_tokenizer(path):
     """The tokenizer that Tokenizer.save wrote. Raises InputError for a damaged file."""
     try:

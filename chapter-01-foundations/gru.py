@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from assert_equal import check_equal
 from cli import ArgumentParser, run
-from data import IGNORE, BPETokenizer, fetch, load_documents, padded_collate_fn, tokenize, training_windows
+from data import (IGNORE, fetch, load_documents, padded_collate_fn, tokenize, train_tokenizer,
+                  training_windows)
 from generate import generate
 from model import CONFIGS
 from optimizer import adamw, schedule
@@ -162,12 +163,15 @@ def train_model(model, windows, tokenizer, steps, batch_size=16, learning_rate=1
     return norms
 
 
-def run_model(source):
-    """Train, score, sample. source: a fetched name or a file. Returns the row for lineage.py."""
+def run_model(source, kind):
+    """Train, score, sample. source: a fetched name or a file; kind: of the tokenizer.
+
+    Returns the row for lineage.py, with a sample.
+    """
     start = time.perf_counter()
     torch.manual_seed(0)
     train_documents, val_documents = load_documents(source)
-    tokenizer = BPETokenizer.train(train_documents, CONFIGS["small"].vocab_size)
+    tokenizer = train_tokenizer(kind, train_documents, val_documents, CONFIGS["small"].vocab_size)
     windows, _ = tokenize(train_documents, tokenizer, CONFIGS["small"].max_position_embeddings)
     model = RecurrentModel(tokenizer.vocab_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -180,20 +184,23 @@ def run_model(source):
     print(f"Gradient norm: at most {max(norms):.2f}; clipped to 1 in {sum(norm > 1 for norm in norms)} of {len(norms)}"
           " steps.")
     show_clipping(windows, tokenizer)
-    print(f"A sample:\n\n{tokenizer.decode(generate(model, tokenizer, [], 150))}\n")
+    sample = tokenizer.decode(generate(model, tokenizer, [], 300))[:300]
+    print(f"A sample:\n\n{sample}\n")
     print(f"GRU: {bits:.4f} bits per byte on the validation documents, {seconds:.0f} s, {parameters:,} parameters")
     return {"model": "GRU", "parameters": parameters, "context": "all before", "seconds": seconds,
-            "val_bits_per_byte": bits}
+            "val_bits_per_byte": bits, "sample": sample}
 
 
 def main():
     parser = ArgumentParser(description="Train a recurrent network with gates.")
     parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH",
                         help="tinyshakespeare, python-docs, wikitext-2, or a .txt or .jsonl file")
-    source = fetch(parser.parse_args().data)
+    parser.add_argument("--tokenizer", choices=("bpe", "char"), default="bpe", help="byte pairs or single characters")
+    arguments = parser.parse_args()
+    source = fetch(arguments.data)
     torch.manual_seed(0)
     show_equal()
-    run_model(source)
+    run_model(source, arguments.tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The neural n-gram model: the last few tokens through a small network (Bengio et al. 2003).
 
-    python chapter-01-foundations/ngram.py
+    python chapter-01-foundations/ngram.py                      with --tokenizer char a window is five characters
 
 A table of what follows every five tokens would have a million times a billion rows, and nearly every row would be
 empty: two contexts that mean the same but differ in one token share nothing. Here each token is first replaced by a
@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cli import ArgumentParser, run
-from data import BPETokenizer, fetch, load_documents, shuffled
+from data import fetch, load_documents, shuffled, train_tokenizer
 from generate import generate
 from model import CONFIGS
 from optimizer import adamw, schedule
@@ -92,21 +92,25 @@ def show_neighbours(model, tokenizer, examples):
     vectors = F.normalize(model.embed_tokens.weight, dim=-1)                  # (V, D)
     frequency = examples[:, -1].bincount(minlength=tokenizer.vocab_size)      # (V,)
     words = [i for i in frequency.argsort(descending=True).tolist() if tokenizer.tokens[i].strip().isalpha()]
-    words = [i for i in words if len(tokenizer.tokens[i].strip()) > 1][:300]   # rarer ones have hardly been moved
+    if tokenizer.kind == "bpe":
+        words = [i for i in words if len(tokenizer.tokens[i].strip()) > 1][:300]   # rarer ones have hardly been moved
     print("\nTokens with the most similar embeddings (cosine):")
     for i in words[:30:5]:
         cosines = vectors[words] @ vectors[i]
-        best = cosines.topk(5).indices.tolist()[1:]                           # the first is the token itself
+        best = cosines.argsort(descending=True)[1:5].tolist()                 # the first is the token itself
         print(f"    {tokenizer.decode([i])!r:<9}"
               + "  ".join(f"{tokenizer.decode([words[j]])!r} {cosines[j]:.2f}" for j in best))
 
 
-def run_model(source):
-    """Train, score, sample. source: a fetched name or a file. Returns the row for lineage.py."""
+def run_model(source, kind):
+    """Train, score, sample. source: a fetched name or a file; kind: of the tokenizer.
+
+    Returns the row for lineage.py, with a sample.
+    """
     start = time.perf_counter()
     torch.manual_seed(0)
     train_documents, val_documents = load_documents(source)
-    tokenizer = BPETokenizer.train(train_documents, CONFIGS["small"].vocab_size)
+    tokenizer = train_tokenizer(kind, train_documents, val_documents, CONFIGS["small"].vocab_size)
     examples = make_examples(train_documents, tokenizer)
     model = NGram(tokenizer.vocab_size, tokenizer.padding)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -116,17 +120,20 @@ def run_model(source):
     _, bits = evaluate(model, val_documents, tokenizer, "cpu")
     seconds = time.perf_counter() - start
     show_neighbours(model, tokenizer, examples)
-    print(f"\nA sample:\n\n{tokenizer.decode(generate(model, tokenizer, [], 150))}\n")
+    sample = tokenizer.decode(generate(model, tokenizer, [], 300))[:300]
+    print(f"\nA sample:\n\n{sample}\n")
     print(f"n-gram: {bits:.4f} bits per byte on the validation documents, {seconds:.0f} s, {parameters:,} parameters")
     return {"model": "n-gram", "parameters": parameters, "context": str(WINDOW), "seconds": seconds,
-            "val_bits_per_byte": bits}
+            "val_bits_per_byte": bits, "sample": sample}
 
 
 def main():
     parser = ArgumentParser(description="Train a network on windows of a few tokens.")
     parser.add_argument("--data", default="tinyshakespeare", metavar="NAME|PATH",
                         help="tinyshakespeare, python-docs, wikitext-2, or a .txt or .jsonl file")
-    run_model(fetch(parser.parse_args().data))
+    parser.add_argument("--tokenizer", choices=("bpe", "char"), default="bpe", help="byte pairs or single characters")
+    arguments = parser.parse_args()
+    run_model(fetch(arguments.data), arguments.tokenizer)
 
 
 if __name__ == "__main__":

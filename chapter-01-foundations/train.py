@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from checkpoint import load_model
 from cli import ArgumentParser, InputError, positive, run, seed
-from data import (IGNORE, BPETokenizer, CharTokenizer, fetch, load_documents, num_bytes, padded_collate_fn, tokenize,
+from data import (IGNORE, fetch, load_documents, num_bytes, padded_collate_fn, tokenize, train_tokenizer,
                   training_windows)
 from device import choose_device, device_name, peak_memory
 from generate import generate
@@ -91,10 +91,7 @@ def evaluate(model, documents, tokenizer, device):
 def start_new(arguments, train_documents, val_documents, device):
     """A new tokenizer and a new model for it."""
     preset = CONFIGS[arguments.config]
-    if arguments.tokenizer == "bpe":
-        tokenizer = BPETokenizer.train(train_documents, preset.vocab_size)
-    else:
-        tokenizer = CharTokenizer.train(train_documents + val_documents)
+    tokenizer = train_tokenizer(arguments.tokenizer, train_documents, val_documents, preset.vocab_size)
     config = replace(preset, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.padding)
     return Transformer(config).to(device), tokenizer
 

@@ -29,14 +29,23 @@ def cell(value):
         return "not measured"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    if is_text(value):   # what Markdown or HTML would read as theirs becomes a number
+        return re.sub(r"[^\w\s.,:;!?'-]|_", lambda match: f"&#{ord(match[0])};", value).replace("\n", "<br>")
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def is_text(value):
+    """Of several lines, as a sample of a model is."""
+    return isinstance(value, str) and "\n" in value
 
 
 def table(path):
     """The Markdown table of a results file, followed by where its numbers come from."""
     result = json.loads(path.read_text(encoding="utf-8"))
     columns = result["columns"]
-    rows = [list(columns.values()), ["---", *["---:"] * (len(columns) - 1)]]
+    first, *others = columns
+    sides = ["---" if any(is_text(row.get(key)) for row in result["rows"]) else "---:" for key in others]
+    rows = [list(columns.values()), ["---", *sides]]
     rows += [[cell(row.get(key)) for key in columns] for row in result["rows"]]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     data = f" with {result['data']}" if result.get("data") else ""

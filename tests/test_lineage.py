@@ -1,13 +1,15 @@
 """Bigram, n-gram and GRU: no score knows what comes later, and a source of known entropy is met but not undercut."""
+import json
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from chapters import chapter1
+from chapters import chapter1, run_here
 from test_known_entropy import make_document, true_nats
 
 NAMES = ("bigram", "ngram", "gru")
@@ -169,6 +171,75 @@ def test_gradient_is_clipped(source):
         moved = (nn.utils.parameters_to_vector(model.parameters()) - before).norm().item()
         assert 1e-3 < norm < 1e3
         assert moved == pytest.approx(min(norm, max_norm), rel=1e-2)
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Models that train for a moment, and results and figures that leave the repository's as they are."""
+    monkeypatch.setattr(chapter1.bigram, "STEPS", 20)   # in which it does not become the counted table
+    monkeypatch.setattr(chapter1.bigram, "check_equal", lambda *_, **__: None)
+    for module in (chapter1.ngram, chapter1.gru):
+        monkeypatch.setattr(module, "train_model", lambda *inputs, steps, _train=module.train_model: _train(
+            *inputs, steps=5))
+    monkeypatch.setattr(chapter1.gru, "show_clipping", lambda *_: None)
+    monkeypatch.setattr(chapter1.results, "RESULTS", tmp_path)
+    for module in (chapter1.bigram, chapter1.lineage):
+        monkeypatch.setattr(module, "FIGURES", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_the_road_on_one_axis(kind, quick, call, tmp_path, monkeypatch):
+    """lineage.py on a text whose characters are not bytes: its table, its samples, its figure."""
+    text = tmp_path / "text.txt"
+    documents = [f"{name}:\nÄrger über {n} Öfen – naïve “Größe”." for n in range(40) for name in ("Jörg", "Zoë")]
+    text.write_text("\n\n".join(documents))
+    lineage, bigram = chapter1.lineage, chapter1.bigram
+    monkeypatch.setattr(lineage, "subprocess", SimpleNamespace(run=lambda command, check: run_here(
+        chapter1.train, *command[2:], "--steps", 3)))   # train.py, without a process
+    assert call(lineage, "--data", text, "--tokenizer", kind)[0] == 0
+    ending = "" if kind == "bpe" else "_char"
+    table, samples = (json.loads((tmp_path / f"{name}{ending}.json").read_text()) for name in ("lineage", "samples"))
+    assert [row["model"] for row in table["rows"]] == ["nothing known", "xz, after the training text", "bigram",
+                                                       "n-gram", "GRU", "GPT"]   # nanoGPT has read Shakespeare
+    assert all(set(row) == set(table["columns"]) for row in table["rows"])
+    assert (tmp_path / f"lineage{ending}.png").is_file() and (tmp_path / "bigram.png").is_file() == (kind == "char")
+    assert list(samples["rows"][0]) == ["bigram", "n-gram", "GRU", "GPT"]
+    assert all(0 < len(sample) <= 300 for sample in samples["rows"][0].values())
+
+    train_documents, val_documents = chapter1.data.load_documents(text)
+    tokenizer = chapter1.data.train_tokenizer(kind, train_documents, val_documents, 1024)
+    assert tokenizer.kind == kind
+    counts = bigram.count_pairs(train_documents, tokenizer)
+    p = bigram.smoothed(counts, bigram.choose_alpha(train_documents, tokenizer, text))
+    of_validation = bigram.count_pairs(val_documents, tokenizer)
+    nats = bigram.nats_per_pair(of_validation, p) * of_validation.sum().item()
+    row = table["rows"][2]
+    assert row["parameters"] == tokenizer.vocab_size ** 2
+    assert row["val_nats_per_character"] == pytest.approx(nats / len("\n\n".join(val_documents)), rel=1e-5)
+    assert row["val_bits_per_byte"] == pytest.approx(
+        nats / math.log(2) / len("\n\n".join(val_documents).encode()), rel=1e-5)
+
+
+def test_nanogpt_stands_beside_its_own_text_only(quick, call, monkeypatch, text_file):
+    lineage, rows = chapter1.lineage, []
+    monkeypatch.setattr(lineage, "fetch", lambda source: source)
+    monkeypatch.setattr(lineage, "load_documents", lambda source: (["a b"] * 9, ["b a"]))
+    row = {"parameters": 1, "context": "1", "seconds": 1.0, "val_bits_per_byte": 2.0, "sample": "a"}
+    for name in NAMES:
+        monkeypatch.setattr(getattr(chapter1, name), "run_model", lambda *_, name=name: row | {"model": name})
+    monkeypatch.setattr(lineage, "gpt_row", lambda *_: row | {"model": "GPT"})
+    monkeypatch.setattr(lineage, "write_results", lambda name, command, columns, rows_, data: rows.append(rows_))
+    assert call(lineage)[0] == 0
+    nanogpt = rows[0][2]
+    assert nanogpt["val_nats_per_character"] == pytest.approx(1.8857) and "nanoGPT" in nanogpt["model"]
+
+
+def test_an_alphabet_of_one_letter(quick, call, tmp_path):
+    """Fewer tokens than the scripts like to show."""
+    (tmp_path / "a.txt").write_text("\n\n".join("a" * (i % 5 + 1) for i in range(60)))
+    for name in NAMES:
+        status, out, err = call(getattr(chapter1, name), "--data", tmp_path / "a.txt", "--tokenizer", "char")
+        assert status == 0 and "bits per byte" in out, err
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,6 @@
-"""softmax.py, cross_entropy_loss.py, gradient_descent.py and attention_demo.py against torch and known answers."""
+"""softmax.py, cross_entropy_loss.py, gradient_descent.py, attention_demo.py and sinusoidal_demo.py against torch,
+transformers and known answers; training_curve.py against what a run has recorded."""
+import json
 import math
 
 import pytest
@@ -6,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from chapters import chapter1
+from chapters import chapter1, run_here
 
 softmax = chapter1.softmax
 loss = chapter1.cross_entropy_loss
 descent = chapter1.gradient_descent
 demo = chapter1.attention_demo
+positions = chapter1.sinusoidal_demo
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -270,3 +273,109 @@ def test_induction_heads_do_what_they_were_set_to_do():
     assert_close(induction, expected, atol=1e-3, rtol=0)
     assert words[says[-1].argmax()] == "c"
     assert says[6, words.index("b")] == pytest.approx(0.5, abs=1e-3) == says[6, words.index("d")]
+
+
+# ------------------------------------------------------------------------------------ sinusoidal_demo.py
+
+@pytest.mark.parametrize("L, D", [(1, 2), (64, 128), (300, 6)])
+def test_the_table_is_that_of_the_paper_and_of_transformers(L, D):
+    from transformers.models.xlm.modeling_xlm import create_sinusoidal_embeddings
+    library = torch.empty(L, D)
+    create_sinusoidal_embeddings(L, D, library)
+    assert_close(positions.sinusoidal(L, D), library)
+    assert_close(positions.sinusoidal(L, D), positions.as_in_the_paper(L, D))
+
+
+@pytest.mark.parametrize("bug", ["sines first, then cosines", "every pair half as fast", "the shift turns backwards"])
+def test_the_proofs_of_the_table_turn_red(bug, monkeypatch):
+    table, frequencies, shift = positions.sinusoidal, positions.frequencies, positions.shift
+    name, wrong = {
+        "sines first, then cosines": ("sinusoidal", lambda L, D: table(L, D).view(L, -1, 2).transpose(1, 2).flatten(1)),
+        "every pair half as fast": ("frequencies", lambda D: frequencies(D) / 2),
+        "the shift turns backwards": ("shift", lambda k, D: shift(-k, D))}[bug]
+    monkeypatch.setattr(positions, name, wrong)
+    with pytest.raises(AssertionError, match="the paper's|matrix"):
+        positions.show_formula(20, 8)
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path, text_file):
+    """sinusoidal_demo.py with runs of three steps; returns their arguments."""
+    monkeypatch.setattr(positions, "STEPS", 3)
+    monkeypatch.setattr(positions, "FIGURES", tmp_path)
+    monkeypatch.setattr(chapter1.results, "RESULTS", tmp_path)
+    small = chapter1.model.ModelConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_attention_heads=2,
+                                       num_hidden_layers=2)
+    monkeypatch.setitem(chapter1.model.CONFIGS, "small", small)
+    return ["--data", text_file, "--out", tmp_path / "runs"]
+
+
+def test_learned_positions_train_as_train_py_does(short, call, tmp_path, text_file):
+    """To the bit, so that the table's first row is the default run; and a run that was stopped goes on."""
+    train_model, trained = positions.train_model, []
+
+    def counted(name, seed, *rest):
+        trained.append((name, seed))
+        if len(trained) == 5:
+            raise KeyboardInterrupt
+        return train_model(name, seed, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(positions, "train_model", counted)
+        assert call(positions, *short)[0] == 130
+        assert call(positions, *short)[0] == 0
+    assert trained[5] == trained[4] and len(trained) == 10 and len(set(trained)) == 9   # it is begun again, no other
+    runs = {path.name.split("-3-")[0]: json.loads(path.read_text()) for path in (tmp_path / "runs").iterdir()}
+    assert len(runs) == 9 and (tmp_path / "positions.png").is_file()
+    for seed in (0, 2):
+        run_here(chapter1.train, "--data", text_file, "--steps", 3, "--seed", seed, "--out", tmp_path / str(seed))
+        summary = json.loads((tmp_path / str(seed) / "summary.json").read_text())
+        assert summary["val_bits_per_byte"] == runs[f"learned-{seed}"]["bits"]
+
+    learned, sinusoidal, none = json.loads((tmp_path / "positions.json").read_text())["rows"]
+    assert learned["parameters"] - 64 * 32 == sinusoidal["parameters"] == none["parameters"]
+    assert sinusoidal["bits"] == pytest.approx(sum(runs[f"sinusoidal-{seed}"]["bits"] for seed in range(3)) / 3)
+    assert float(sinusoidal["difference"]) == pytest.approx(sinusoidal["bits"] - learned["bits"], abs=1e-4)
+
+
+def test_other_weights_begin_the_same_and_positions_are_what_the_name_says(monkeypatch):
+    # From the second layer on the causal mask tells the order.
+    monkeypatch.setitem(chapter1.model.CONFIGS, "small", chapter1.model.ModelConfig(num_hidden_layers=1))
+    tokenizer = chapter1.data.CharTokenizer.train(["abc"])
+    models = {name: positions.make_model(name, tokenizer, seed=1) for name in ("learned", "sinusoidal", "none")}
+    ids = torch.tensor([[0, 1, 2, 1]])
+    for name, model in models.items():
+        weights = dict(model.named_parameters())
+        assert all(torch.equal(weights[key], value) for key, value in models["learned"].named_parameters()
+                   if key in weights)
+        position = model.model.embed_positions(torch.arange(4))
+        assert position.requires_grad == (name == "learned")
+    assert_close(models["sinusoidal"].model.embed_positions(torch.arange(4)),
+                 positions.as_in_the_paper(4, 128) / math.sqrt(128))
+    swapped = torch.tensor([[1, 0, 2, 1]])   # the last token has met the same ones, in another order
+    assert_close(models["none"](ids)[0, 2], models["none"](swapped)[0, 2])
+    assert (models["sinusoidal"](ids)[0, 2] - models["sinusoidal"](swapped)[0, 2]).abs().max() > 1e-4
+
+
+def test_interval_by_hand():
+    runs = {(name, seed): {"parameters": 1, "bits": bits, "bits_longer": None if name == "learned" else 3.0}
+            for name, all_bits in (("learned", (2.0, 2.2, 2.4)), ("sinusoidal", (2.1, 2.2, 2.5)), ("none", (3, 3, 3)))
+            for seed, bits in enumerate(all_bits)}
+    row = positions.compare(runs)[1]
+    # 0.1, 0 and 0.1: deviation 0.0577, standard error 0.0333, times t = 4.303.
+    assert (row["difference"], row["interval"], row["longer"]) == ("+0.0667", "± 0.1434", 3.0)
+
+
+# -------------------------------------------------------------------------------------------- training_curve.py
+
+def test_the_curve_has_each_step_once(tmp_path, call, monkeypatch, text_file):
+    curve = chapter1.training_curve
+    monkeypatch.setattr(curve, "FIGURES", tmp_path)
+    run_here(chapter1.train, "--data", text_file, "--tokenizer", "char", "--steps", 5, "--save-every", 2, "--out",
+             tmp_path / "out")
+    status, printed, _ = call(curve, "--out", tmp_path / "out")
+    assert status == 0 and "steps 1 to 5" in printed and (tmp_path / "training_curve.png").stat().st_size > 5_000
+    curves = curve.read_curves(tmp_path / "out")
+    assert curves["train/loss"][0] == (1, 2, 3, 4, 5)
+    assert curves["validation/bits_per_byte_of_an_eighth"][0] == (2, 4)
+    assert curve.smooth([1, 2, 6]) == [3, 3, 3]

@@ -22,6 +22,16 @@ def test_tables_are_those_of_the_results_files(readme):
     assert readme.read_text() == readmes.render(readme), "run: python tests/readmes.py --write"
 
 
+def test_a_text_of_several_lines_is_one_cell(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({
+        "command": "c", "machine": "m", "torch": "t", "date": "d", "columns": {"n": "n", "text": "text", "x": "x"},
+        "rows": [{"n": 1, "text": "KING:\nO | <b> *a* _b_ `c` [d](e) & f, 'tis", "x": "a|b"}]}))
+    head, sides, row, *_ = readmes.table(tmp_path / "a.json").splitlines()
+    assert sides == "| --- | --- | ---: |"
+    assert row == ("| 1 | KING:<br>O &#124; &#60;b&#62; &#42;a&#42; &#95;b&#95; &#96;c&#96; &#91;d&#93;&#40;e&#41;"
+                   " &#38; f, 'tis | a|b |")
+
+
 @readme_test
 def test_links_and_pictures_exist(readme):
     text = readme.read_text()
