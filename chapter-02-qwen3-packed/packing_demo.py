@@ -24,7 +24,7 @@ from tokenizer import Tokenizer
 
 CONFIG = "small"
 B = 16          # documents in a batch of chapter 1
-BUDGET = 1024   # tokens in a batch of this chapter, and the longest document it leaves whole
+BUDGET = 1024   # tokens in a batch, and the longest document that stays whole
 SHORT = 64      # chapter 1 cuts documents so short. It hides some of the padding, and all that is further away
 LINES = ["to be", "or not", "that is the question"]
 TEAL, ORANGE, VIOLET, GREY, RED = "#1f6f8b", "#d9822b", "#7a5195", "#888888", "#b23a48"

@@ -52,7 +52,7 @@ def parse_arguments():
     parser.add_argument("--init", metavar="DIR|HUB_ID",
                         help="start from pretrained weights and their tokenizer instead of --config; e.g."
                              " Qwen/Qwen3-0.6B")
-    parser.add_argument("--batch-tokens", type=positive(int), default=1024, metavar="T",
+    parser.add_argument("--batch-tokens", type=positive(int), default=512, metavar="T",
                         help="tokens that are computed together")
     parser.add_argument("--accumulate", type=positive(int), default=1, metavar="N",
                         help="packs of T tokens in a step, for each rank of --dp; the microbatches of a pipeline")
@@ -76,9 +76,9 @@ def parse_arguments():
     parser.add_argument("--learning-rate", type=positive(float), metavar="LR",
                         help="highest learning rate (None: 3e-3 at width 128, less for wider models; 2e-5 with --init)")
     parser.add_argument("--steps", type=positive(int), metavar="N",
-                        help="stop after N steps (1200 if --minutes is not given)")
+                        help="stop after N steps (2400 if --minutes is not given)")
     parser.add_argument("--minutes", type=positive(float), metavar="M", help="stop after M minutes")
-    parser.add_argument("--save-every", type=positive(int), default=250, metavar="N",
+    parser.add_argument("--save-every", type=positive(int), default=500, metavar="N",
                         help="steps between checkpoints, each with a quick validation and a sample")
     parser.add_argument("--seed", type=seed, default=0, help="the same seed on the same machine gives the same run")
     parser.add_argument("--compile", choices=("default", "reduce-overhead", "max-autotune"),
@@ -90,7 +90,7 @@ def parse_arguments():
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --out")
     arguments = parser.parse_args()
     if arguments.minutes is None and arguments.steps is None:
-        arguments.steps = 1200
+        arguments.steps = 2400
     if arguments.learning_rate is None:   # about 1 / width (Yang et al. 2022); a trained model needs care, not speed
         arguments.learning_rate = 2e-5 if arguments.init else 3e-3 * 128 / CONFIGS[arguments.config].hidden_size
     return arguments

@@ -80,6 +80,7 @@ class Chapter:
     allowed = None   # the modules that the running test may use, if it says which: mark `reaches`
 
     quick = ("--batch-tokens", 256)   # of a short run on text_file
+    last_rate, weight_decay = 0.0, 0.5   # of a run; the first as a share of the highest
     filling = "packed"                # how the bar of a run calls what is done about documents of different lengths
     wrong_flags = (("--batch-tokens", 0), ("--batch-tokens", 1.5))
     # Flags of a run that is not the quick one, and the difference.
@@ -152,6 +153,7 @@ class Sharded(Chapter):
 class Chapter1(Chapter):
     """Padded batches, learned positions, and a choice of tokenizers."""
     quick = ("--tokenizer", "char")
+    last_rate, weight_decay = 0.1, 0.1
     filling = "padding"
     wrong_flags = (("--batch-size", 0), ("--tokenizer", "words"))
     other_runs = ((("--batch-size", 3), "batch_size 16"), (("--config", "gpt2-124m"), "config small"),
