@@ -107,7 +107,8 @@ class MuonAndAdamW(Optimizer):
 def train(texts, matrix_rate, rate, steps, seed, tune):
     """One run -> {"bits": bits per byte, "seconds": of its steps, "losses": one for each step}.
 
-    texts: the documents to learn from and those to validate on. matrix_rate: None for AdamW alone. tune: learn nine tenths of the training documents, and validate on the last.
+    texts: the documents to learn from and those to validate on. matrix_rate: None for AdamW alone. tune: learn nine
+    tenths of the documents to learn from, and validate on the last.
     """
     torch.manual_seed(seed)
     documents, val_documents = texts

@@ -1,5 +1,5 @@
-"""Chapter 3's muon.py: each matrix takes the step of torch.optim.Muon, every parameter has one optimizer, and a run that
-has ended is not made twice."""
+"""Chapter 3's muon.py: each matrix takes the step of torch.optim.Muon, every parameter has one optimizer, and a run
+that has ended is not made twice."""
 import copy
 import json
 
