@@ -26,6 +26,7 @@ SLOW = {
     "test_compiled_equals_eager_and_compiles_no_more_after_two_batches", "test_the_compiler_can_follow",
     "test_compiled_decode_of_integers_gives_the_same_tokens", "test_nothing_is_said",
     "test_loading_takes_the_memory_of_one_model", "test_no_network_is_one_line",
+    "test_no_score_below_the_entropy_and_two_trained_models_near_it", "test_the_ladder_scores_no_validation_document",
     "test_loss_script_runs", "test_a_profile_sums_to_the_step_and_changes_nothing",
     "test_less_than_one_percent_of_the_budget_is_wasted_on_natural_documents",
     "test_a_run_whose_steps_were_left_out_resumes_bit_for_bit",
