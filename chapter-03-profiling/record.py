@@ -323,7 +323,7 @@ def train_model(recipe, seed, tokenizer, train_ids, val_ids, path, settings, sta
             state["flops"] += total_flops(model.config, batch.cu_seqlens)
             state["seconds"] = now - start
             bar.set_postfix(step=state["step"], loss=f"{loss.item():.3f}", refresh=False)
-            bar.update(state["seconds"] - bar.n)
+            bar.update(min(state["seconds"], seconds) - bar.n)   # beyond its total a bar has no total
             if os.getppid() != parent:   # it was killed, and whoever repeats the command would meet us here
                 os._exit(1)
             if now - saved > SAVE_SECONDS:
