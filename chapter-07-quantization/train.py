@@ -119,10 +119,7 @@ def loss_sum(model, batch):
 
 
 def train_step(model, optimizer, batches, learning_rate, loss_sum=loss_sum):
-    """Forward, backward, update. Returns what is to be reported of the step, {name: number or scalar tensor}.
-
-    batches: those of all ranks, on all of them the same.
-    """
+    """Forward, backward, update. Returns what is to be reported of the step, {name: number or scalar tensor}."""
     device, scale = next(model.parameters()).device, optimizer.scaler.scale
     optimizer.zero_grad()   # before the way forward: old gradients would take part in its peak
     # The mean over targets that count. Dividing by T instead would let the users' questions scale the gradient.
@@ -133,10 +130,11 @@ def train_step(model, optimizer, batches, learning_rate, loss_sum=loss_sum):
         # Divided by the targets of all: a mean of means would weigh a pack of few targets like one of many.
         out = loss_sum(model, batch.to(device))
         return out / count * scale if out.dim() == 0 else out   # or what this stage of a pipeline hands on
+    # batches: those of all ranks, on all of them the same
     loss = pipeline.run_stage(model, own_batches(batches, model), forward, optimizer.before_last_backward)
     norm = optimizer.step(learning_rate)
     loss = model.mesh.data.all_reduce(loss) / scale   # not before step(), which ends the sums that backward has begun
-    return {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate}
+    return {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate} | experts.report(model)
 
 
 @torch.no_grad()

@@ -196,3 +196,12 @@ def load(model):
     Largest / mean = 1 is perfect balance.
     """
     return torch.stack([layer.load for layer in layers(model)])
+
+
+def report(model):
+    """What train.py shows of a step, {name: number}: in each layer what the busiest and the idlest expert got of this
+    rank's last pack, divided by the mean. 1 and 1 is perfect balance. Nothing of a model without experts.
+    """
+    shares = [(layer.load / layer.load.float().mean()).tolist() for layer in layers(model)]
+    return {f"{name}_expert_of_layer_{i}": extreme(share) for i, share in enumerate(shares)
+            for name, extreme in (("busiest", max), ("idlest", min))}
