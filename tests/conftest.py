@@ -28,6 +28,7 @@ SLOW = {
     "test_loading_takes_the_memory_of_one_model", "test_no_network_is_one_line",
     "test_no_score_below_the_entropy_and_two_trained_models_near_it", "test_the_ladder_scores_no_validation_document",
     "test_loss_script_runs", "test_a_profile_sums_to_the_step_and_changes_nothing",
+    "test_the_command_trains_measures_draws_and_goes_on",
     "test_less_than_one_percent_of_the_budget_is_wasted_on_natural_documents",
     "test_a_run_whose_steps_were_left_out_resumes_bit_for_bit",
     "test_the_default_run_starts_and_resumes", "test_python_docs_is_there_without_network",

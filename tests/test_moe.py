@@ -1,19 +1,22 @@
-"""Chapter 6: a layer of experts, equal to transformers' Qwen3Moe; on several ranks, equal to one process that has all
-of them.
+"""Chapter 6: a layer of experts, equal to transformers' Qwen3Moe; with a limit (moe_demo.py), equal to one that drops
+row by row; on several ranks, equal to one process that has all of them.
 """
 import json
+import multiprocessing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from chapters import load_chapter, run_here
+from chapters import expect_error, load_chapter, run_here
 
 chapter6 = load_chapter("chapter-06-parallelism")
 V, E, K = 61, 8, 2
@@ -306,6 +309,189 @@ def test_parameters_and_flops_are_counted(monkeypatch):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(pack.input_ids, pack.position_ids, pack.cu_seqlens, pack.max_seqlen).sum().backward()
     assert chapter6.flops.total_flops(model.config, pack.cu_seqlens) == counter.get_total_flops()
+
+
+def tiny(patch):
+    """What --config small and small-moe mean here."""
+    config = replace(make_model(chapter6, router_aux_loss_coef=0.02).config, vocab_size=300)
+    patch.setitem(chapter6.model.CONFIGS, "small-moe", config)
+    patch.setitem(chapter6.model.CONFIGS, "small", replace(config, num_experts=0, intermediate_size=48))
+
+
+def test_train_shows_the_busiest_and_the_idlest_expert_of_each_layer(tmp_path, text_file, monkeypatch):
+    tiny(monkeypatch)
+    for config, shown in (("small", 0), ("small-moe", 2)):
+        run_here(chapter6.train, "--config", config, "--data", text_file, "--batch-tokens", 256, "--steps", 3, "--out",
+                 tmp_path / config)
+        events = EventAccumulator(str(tmp_path / config / "tensorboard")).Reload()
+        busiest, idlest = ([[event.value for event in events.Scalars(tag)] for tag in sorted(events.Tags()["scalars"])
+                            if tag.startswith(f"train/{which}_expert_of_layer_")] for which in ("busiest", "idlest"))
+        assert len(busiest) == len(idlest) == shown
+        assert all(len(curve) == 3 and min(curve) >= 1 for curve in busiest)
+        assert all(len(curve) == 3 and 0 <= min(curve) <= max(curve) <= 1 for curve in idlest)
+
+
+# -------------------------------------------------------------------------------------------- moe_demo.py: with a limit
+
+demo = chapter6.moe_demo
+
+
+def make_limited(factor, **changes):
+    model = make_model(chapter6, **changes)
+    demo.limit(model, factor)
+    return model
+
+
+def dropped_by_hand(chosen, capacity, first_choices_first=False):
+    """{(token, choice)} of the rows that find no room. chosen: lists (T, k); each row takes its place in turn."""
+    rows = [(token, choice) for token in range(len(chosen)) for choice in range(len(chosen[0]))]
+    rows.sort(key=lambda row: row[1] if first_choices_first else 0)
+    room, dropped = [capacity] * E, set()
+    for token, choice in rows:
+        expert = chosen[token][choice]
+        room[expert] -= 1
+        dropped |= {(token, choice)} if room[expert] < 0 else set()
+    return dropped
+
+
+@pytest.mark.parametrize("factor", [E / K, 100])
+def test_with_room_for_all_nothing_changes(factor):
+    found = []
+    for model in (make_model(chapter6, router_aux_loss_coef=0.5), make_limited(factor, router_aux_loss_coef=0.5)):
+        loss = loss_sum(model, make_pack(chapter6))
+        loss.backward()
+        found.append({"loss": loss.detach(), **gradients(model)})
+    assert demo.dropped_share(model) == 0
+    assert_same(*found, 1e-5)
+
+
+@pytest.mark.parametrize("k, factor, capacity", [(2, 1.0, 13), (2, 1.25, 16), (2, 0.1, 2), (1, 1.0, 7), (3, 0.5, 10)])
+def test_rows_over_the_limit_are_dropped_and_counted_exactly(k, factor, capacity):
+    layer = make_limited(factor, num_hidden_layers=1, num_experts_per_tok=k).model.layers[0].mlp
+    x = torch.randn(50, 32)
+    weights, chosen = layer.route(x)
+    dropped, expected = dropped_by_hand(chosen.tolist(), capacity), []
+    for token in range(50):
+        kept = [choice for choice in range(k) if (token, choice) not in dropped]
+        expected.append(sum((weights[token, choice] * layer.experts[str(chosen[token, choice].item())](x[token])
+                             for choice in kept), torch.zeros(32)))
+    torch.testing.assert_close(layer(x), torch.stack(expected), atol=1e-5, rtol=1e-5)
+    assert layer.capacity(50) == capacity and dropped
+    assert layer.dropped == len(dropped) == (layer.load - capacity).clamp(min=0).sum() and layer.rows == 50 * k
+
+
+@torch.no_grad()
+def test_with_a_limit_no_token_knows_a_later_one_but_documents_know_each_other():
+    """Whether a row is dropped depends on those before it in the pack, of whichever document."""
+    ends, elsewhere = torch.tensor(LENGTHS).cumsum(0), set()
+    for factor in (E / K, 1.0):
+        model, pack = make_limited(factor), make_pack(chapter6)
+        for changed in range(len(pack.targets)):
+            before = model(pack.input_ids, pack.position_ids, pack.cu_seqlens, pack.max_seqlen)
+            pack.input_ids[changed] = (pack.input_ids[changed] + 1) % V
+            after = model(pack.input_ids, pack.position_ids, pack.cu_seqlens, pack.max_seqlen)
+            differs = (after - before).abs().amax(1) > 1e-5
+            assert differs[changed] and not differs[:changed].any()
+            end = ends[(ends > changed).nonzero()[0]]
+            elsewhere |= {factor} if differs[end:].any() else set()
+    assert elsewhere == {1.0}
+
+
+def test_if_first_choices_came_first_a_token_would_know_a_later_one():
+    """Room for one row. Whether the first token keeps its second choice then depends on what the next one likes."""
+    likes_the_same, likes_another = [[0, 1], [1, 2]], [[0, 1], [3, 2]]
+    assert dropped_by_hand(likes_the_same, 1) == {(1, 0)} and dropped_by_hand(likes_another, 1) == set()
+    assert dropped_by_hand(likes_the_same, 1, first_choices_first=True) == {(0, 1)}
+    assert dropped_by_hand(likes_another, 1, first_choices_first=True) == set()
+
+
+@torch.no_grad()
+def test_with_a_limit_the_length_of_the_pack_counts():
+    layer, x = make_limited(1.0, num_hidden_layers=1).model.layers[0].mlp, torch.randn(50, 32)
+    assert not torch.allclose(layer(x)[:10], layer(x[:10]), atol=1e-5)
+    alone = torch.cat([layer(token[None]) for token in x])   # as in generate.py: there is room
+    layer.factor = E / K
+    torch.testing.assert_close(layer(x), alone, atol=1e-5, rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------- moe_demo.py: its runs
+
+class Here:
+    """multiprocessing's context, but what it starts has ended already."""
+    Value = staticmethod(multiprocessing.Value)
+
+    @staticmethod
+    def Process(target, args, daemon):
+        return SimpleNamespace(start=lambda: target(*args), sentinel=None, exitcode=0)
+
+
+@pytest.fixture
+def runs(call, monkeypatch, text_file, tmp_path):
+    """runs(flags...) -> what the command returns. runs.out: its folder. runs.made: files of runs that it has made."""
+    def runs(*flags):
+        runs.made.clear()
+        return call(demo, "--data", text_file, "--out", runs.out, *flags)
+    runs.out, runs.made = tmp_path / "runs", []
+    complete_run = demo.complete_run
+
+    def note(variant, source, steps, seed, path, *rest):
+        complete_run(variant, source, steps, seed, path, *rest)
+        runs.made.append(path.name)
+    tiny(monkeypatch)
+    monkeypatch.setattr(demo, "complete_run", note)
+    monkeypatch.setattr(demo, "multiprocessing", SimpleNamespace(get_context=lambda how: Here))
+    monkeypatch.setattr(demo, "wait", lambda *_, **__: None)
+    for name, number in dict(SEEDS=2, WARM=0, ROUNDS=2).items():
+        monkeypatch.setattr(demo, name, number)
+    monkeypatch.setattr(demo, "FIGURES", tmp_path)
+    monkeypatch.setattr(chapter6.results, "RESULTS", tmp_path)
+    return runs
+
+
+def table(folder, name):
+    return {row["variant"]: row for row in json.loads((folder / f"{name}.json").read_text())["rows"]}
+
+
+def test_the_command_trains_measures_draws_and_goes_on(runs, text_file, tmp_path, monkeypatch):
+    status, printed, _ = runs("--steps", 2)
+    assert status == 0 and "moe_demo.json" in printed and "moe_limits.json" in printed
+    assert len(runs.made) == len(set(runs.made)) == demo.SEEDS * len(demo.VARIANTS)
+    learning, limits = table(tmp_path, "moe_demo"), table(tmp_path, "moe_limits")
+    assert list(learning) == [variant.name for variant in demo.VARIANTS]
+    assert learning["experts"]["parameters"] > 1.5 * learning["dense"]["parameters"]
+    assert 1 < learning["experts"]["mflops"] / learning["dense"]["mflops"] < 1.02   # the routers
+    assert limits["experts"]["dropped"] == "0.0%" != limits["capacity factor 1"]["dropped"]
+    assert 5_000 < (tmp_path / "moe.png").stat().st_size < 300_000
+    for path in runs.out.glob("*experts*.json"):
+        load = torch.tensor(json.loads(path.read_text())["load"])                       # (points, layers, E)
+        torch.testing.assert_close(load.sum(-1), torch.ones(load.shape[:2]))
+
+    # The dense model's run is that of train.py, to the last digit.
+    run_here(chapter6.train, "--data", text_file, "--steps", 2, "--seed", 1, "--out", tmp_path / "train")
+    expected = json.loads((tmp_path / "train" / "summary.json").read_text())["val_bits_per_byte"]
+    assert json.loads((runs.out / "dense, seed 1.json").read_text())["bits"] == expected
+
+    # Killed while a run was being written, and before another was.
+    written = (tmp_path / "moe_demo.json").read_text()
+    lost = runs.out / "capacity factor 1, seed 1.json"
+    lost.rename(chapter6.checkpoint.beside(lost, "unfinished"))
+    (runs.out / "dense, seed 0.json").unlink()
+    assert runs("--steps", 2)[0] == 0
+    assert runs.made == ["dense, seed 0.json", lost.name] and (tmp_path / "moe_demo.json").read_text() == written
+
+    expect_error(runs("--steps", 3), str(runs.out), "--steps 2", "3")
+    lost.write_text("{")
+    expect_error(runs("--steps", 2), lost.name, "damaged")
+
+
+def test_the_balance_loss_is_left_out_where_it_says_so(tmp_path, text_file, monkeypatch):
+    tiny(monkeypatch)
+    monkeypatch.setattr("sys.argv", [])
+    for variant in demo.VARIANTS[1:]:
+        training = demo.Training(variant, str(text_file), 4, seed=0)
+        for layer in chapter6.parallel.experts.layers(training.model):
+            assert layer.config.router_aux_loss_coef == (0.02 if variant.balance else 0)
+            assert getattr(layer, "factor", None) == variant.factor
 
 
 # ------------------------------------------------------------------------------------------------------- several ranks

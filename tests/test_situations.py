@@ -1118,6 +1118,9 @@ SCRIPTS = [   # the situation, a script, its arguments, what must come out
     ("one token", "5 benchmark_serving", "decode --tokens 1", refused("--tokens")),
     ("nothing to compare", "6 benchmark_layouts", "--ranks 1", refused("--ranks 1")),
     ("packs that cannot be cut", "6 benchmark_layouts", "--batch-tokens 7", refused("--batch-tokens 7")),
+    ("text that is not there", "6 moe_demo", "--data none.txt", refused("none.txt")),
+    ("no run at a time", "6 moe_demo", "--workers 0", refused("--workers")),
+    ("a folder that cannot be written", "6 moe_demo", "--out /proc/x/y", refused("/proc/x")),
     ("one token", "7 benchmark_decode", "--tokens 1", refused("--tokens")),
     ("no text", "7 benchmark_decode", "--texts 0", refused("--texts"))]
 
