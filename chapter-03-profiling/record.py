@@ -307,9 +307,10 @@ def train_model(recipe, seed, tokenizer, train_ids, val_ids, path, settings, sta
     with tqdm(total=seconds, disable=seed % PROCESSES > 0, dynamic_ncols=True,
               bar_format="{l_bar}{bar}| {n:.0f} of {total:.0f} s{postfix}") as bar:
         while True:
-            # Scoring reads each token four times, forward only: a third of a step.
-            scoring = len(val_ids) * 4 / 3 * state["train_seconds"] / max(1, state["tokens"])
-            left = start + seconds - now - scoring
+            left = start + seconds - now
+            if state["step"] >= 10:   # the first steps are slower, and nothing to go by
+                # Scoring reads each token four times, forward only: a third of a step.
+                left -= len(val_ids) * 4 / 3 * state["train_seconds"] / state["tokens"]
             if left <= 0 < state["step"]:
                 break
             batch = next(batches)
