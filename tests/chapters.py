@@ -42,13 +42,19 @@ class Chapter:
 
     def __init__(self, name):
         self.folder = CHAPTERS_ROOT / name
-        self.modules = {}
+        self.modules = {}   # all that have been imported, of packages too
+        self.found = {}     # those that a test has asked for
 
     def __getattr__(self, name):
+        if name not in self.found:   # tests ask for the same module a thousand times
+            self.found[name] = self.load(name)
+        assert Chapter.allowed is None or name in Chapter.allowed, f"the test's mark `reaches` does not name {name}.py"
+        return self.found[name]
+
+    def load(self, name):
         package = sorted((self.folder / name).glob("*.py"))   # parallel/, say, with all its modules
         if not (self.folder / f"{name}.py").is_file() and not package:
             raise AttributeError(f"{self.folder} has no {name}.py")
-        assert Chapter.allowed is None or name in Chapter.allowed, f"the test's mark `reaches` does not name {name}.py"
         others = self.take_modules()
         sys.modules.update(self.modules)
         sys.path.insert(0, str(self.folder))
