@@ -45,6 +45,6 @@ def test_the_named_test_turns_red(patch, tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("out*", "__pycache__", "*.txt", "*.jsonl", "*.json"))
     git_apply(patch, tmp_path)
-    done = warm.run("-m", "pytest", "-q", "-p", "no:cacheprovider", head(patch)["Test"], cwd=ROOT,
-                    env=os.environ | {"CHAPTERS_ROOT": str(tmp_path)})
+    done = warm.run("-m", "pytest", "-qx", "-p", "no:cacheprovider", head(patch)["Test"], cwd=ROOT,
+                    env=os.environ | {"CHAPTERS_ROOT": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
     assert done.returncode == 1 and " failed" in done.stdout, f"{patch.name} goes unnoticed\n{done.stdout[-2000:]}"
