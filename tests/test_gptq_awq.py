@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from chapters import load_chapter
+from weights import far_from_initial
 
 chapter7 = load_chapter("chapter-07-quantization")
 Format = chapter7.integers.Format
@@ -126,9 +127,7 @@ def make_block(heads=4, key_value_heads=2, seed=0):
     config = chapter7.model.ModelConfig(hidden_size=64, intermediate_size=96, num_attention_heads=heads,
                                         num_key_value_heads=key_value_heads, head_dim=16)
     torch.manual_seed(seed)
-    block = chapter7.model.Block(config)
-    for name, parameter in block.named_parameters():
-        torch.nn.init.uniform_(parameter, 0.5, 1.5) if "norm" in name else torch.nn.init.normal_(parameter, std=0.2)
+    block = far_from_initial(chapter7.model.Block(config))
     T, positions = 60, torch.cat([torch.arange(40), torch.arange(20)])
     x = torch.randn(T, 64) * torch.randn(64).exp()
     rotary = chapter7.model.rotary_angles(positions, 16, 10000.0, torch.float32)

@@ -17,6 +17,7 @@ from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from chapters import expect_error, load_chapter, run_here
+from weights import assert_same, far_from_initial, gradients
 
 chapter6 = load_chapter("chapter-06-parallelism")
 V, E, K = 61, 8, 2
@@ -29,12 +30,7 @@ def make_model(chapter, seed=0, **changes):
                  num_key_value_heads=2, head_dim=16, max_position_embeddings=64, num_experts=E, num_experts_per_tok=K,
                  moe_intermediate_size=24, router_aux_loss_coef=0.0)
     model = chapter.model.Transformer(chapter.model.ModelConfig(**sizes | changes))
-    for name, parameter in model.named_parameters():   # far from the initial values, so that a missing term shows
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        else:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return far_from_initial(model)
 
 
 def make_pack(chapter, lengths=LENGTHS, seed=1):
@@ -45,17 +41,6 @@ def make_pack(chapter, lengths=LENGTHS, seed=1):
 
 def loss_sum(model, pack):
     return model(pack.input_ids, pack.position_ids, pack.cu_seqlens, pack.max_seqlen, pack.targets)
-
-
-def gradients(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def assert_same(ours, theirs, tolerance=1e-4):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=tolerance,
-                                   msg=lambda m: f"{name}: {m}")
 
 
 # ------------------------------------------------------------------------------------------------ equal to transformers

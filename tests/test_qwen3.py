@@ -15,6 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import warm
 from chapters import TRAINED, chapter1, load_chapter
+from weights import assert_same, far_from_initial, gradients
 
 CHAPTERS = {name: load_chapter(name) for name in TRAINED if name != chapter1.folder.name}
 qwen3 = CHAPTERS["chapter-02-qwen3-packed"].model   # each test runs for the model of every chapter, see each_chapter
@@ -36,13 +37,7 @@ def each_chapter(request):
 
 def make_model(config=None, seed=0):
     torch.manual_seed(seed)
-    model = qwen3.Transformer(config or CONFIG)
-    for name, parameter in model.named_parameters():   # far from the initial values, so that a missing term shows
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        else:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return far_from_initial(qwen3.Transformer(config or CONFIG))
 
 
 def pack(lengths=LENGTHS, seed=1):
@@ -63,17 +58,6 @@ def reference_qwen3(model):
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}))
     reference.load_state_dict(model.state_dict())
     return reference
-
-
-def gradients(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def assert_same(ours, theirs, tolerance=1e-4):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=tolerance,
-                                   msg=lambda m: f"{name}: {m}")
 
 
 def loss(logits, ids):
