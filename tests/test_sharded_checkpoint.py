@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from chapters import load_chapter
+from test_train import killed_at_every_instant
 
 CHAPTER = "chapter-06-parallelism"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -281,10 +282,6 @@ def test_large_parts_are_written_in_several_files(chapter, tmp_path, monkeypatch
 
 # ------------------------------------------------------------------------------------------------- kills and failures
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_complete_checkpoint_exists_at_every_instant(chapter, tmp_path, monkeypatch):
     """Kill before each operation on the disk in turn; what a resume then finds is whole, and the old or the new."""
     sharded, checkpoint = chapter.parallel.checkpoint, chapter.checkpoint
@@ -301,31 +298,8 @@ def test_a_complete_checkpoint_exists_at_every_instant(chapter, tmp_path, monkey
     operations = [(os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "write_text"), (Path, "mkdir"),
                   (Path, "open"),
                   (checkpoint.shutil, "rmtree")]
-    outcomes = []
-    for survives in range(100):
-        out = tmp_path / str(survives)
-        save_in(out, 1)
-        calls = []
-        with monkeypatch.context() as patch:
-            for owner, name in operations:
-                def counting(*args, _real=getattr(owner, name), **kwargs):
-                    calls.append(1)
-                    if len(calls) > survives:
-                        raise Killed
-                    return _real(*args, **kwargs)
-                patch.setattr(owner, name, counting)
-            try:
-                save_in(out, 2)
-                finished = True
-            except BaseException as error:   # DCP wraps even this
-                assert "Killed" in repr(error)
-                finished = False
-        outcomes.append(found(out))
-        save_in(out, 3)   # not confused by what the killed one left behind
-        assert found(out) == 3 and [path.name for path in out.iterdir()] == ["checkpoint"]
-        if finished:
-            break
-    assert finished and outcomes == sorted(outcomes) and outcomes[0] == 1 and outcomes[-1] == 2 and len(outcomes) > 10
+    killed_at_every_instant(monkeypatch, operations, tmp_path, save_in, found)
+    assert all([path.name for path in out.iterdir()] == ["checkpoint"] for out in tmp_path.iterdir())
 
 
 def refused(chapter, work, *arguments):

@@ -186,6 +186,35 @@ def test_a_run_that_diverges_keeps_the_checkpoint_before(chapter, tmp_path, text
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 4
 
 
+def killed_at_every_instant(monkeypatch, operations, folder, save, found):
+    """Kill save(out, step) before each of its operations on the disk in turn: found(out) is the old step or the new."""
+    outcomes = []
+    for survives in range(100):
+        out = folder / str(survives)
+        save(out, 1)
+        calls = []
+        with monkeypatch.context() as patch:
+            for owner, name in operations:
+                def counting(*args, _real=getattr(owner, name), **kwargs):
+                    calls.append(1)
+                    if len(calls) > survives:
+                        raise Killed
+                    return _real(*args, **kwargs)
+                patch.setattr(owner, name, counting)
+            try:
+                save(out, 2)
+                finished = True
+            except BaseException as error:   # DCP wraps even this
+                assert "Killed" in repr(error)
+                finished = False
+        outcomes.append(found(out))
+        save(out, 3)   # and the next save is not confused by what the killed one left behind
+        assert found(out) == 3
+        if finished:
+            break
+    assert finished and outcomes == sorted(outcomes) and outcomes[0] == 1 and outcomes[-1] == 2 and len(outcomes) > 10
+
+
 def test_a_complete_checkpoint_exists_at_every_instant(chapter, tmp_path, text_file, monkeypatch):
     """Kill save_checkpoint before each operation on the disk in turn: what is found is whole, and either old or new."""
     checkpoint = chapter.checkpoint
@@ -215,27 +244,4 @@ def test_a_complete_checkpoint_exists_at_every_instant(chapter, tmp_path, text_f
                   if hasattr(module, "save_file")]
     operations += [(checkpoint.os, "fsync"), (checkpoint.os, "replace"), (Path, "rename"), (Path, "write_text"),
                    (Path, "mkdir"), (checkpoint.shutil, "rmtree"), (checkpoint.shutil, "copyfile")]
-    outcomes = []
-    for survives in range(100):
-        out = tmp_path / str(survives)
-        save(out, 1)
-        calls = []
-        with monkeypatch.context() as patch:
-            for owner, name in operations:
-                def counting(*args, _real=getattr(owner, name), **kwargs):
-                    calls.append(1)
-                    if len(calls) > survives:
-                        raise Killed
-                    return _real(*args, **kwargs)
-                patch.setattr(owner, name, counting)
-            try:
-                save(out, 2)
-                finished = True
-            except Killed:
-                finished = False
-        outcomes.append(found(out))
-        save(out, 3)   # and the next save is not confused by what the killed one left behind
-        assert found(out) == 3
-        if finished:
-            break
-    assert finished and outcomes == sorted(outcomes) and outcomes[0] == 1 and outcomes[-1] == 2
+    killed_at_every_instant(monkeypatch, operations, tmp_path, save, found)
