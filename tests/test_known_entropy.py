@@ -37,7 +37,7 @@ def test_no_score_below_the_entropy_and_a_trained_model_near_it(chapter):
     tokenizer = chapter.make_tokenizer(train_documents, vocab_size=264)
     model = chapter.make_model(tokenizer, max_position_embeddings=32)
     optimizer = train.adamw(model, 1e-2)
-    steps = 250
+    steps = 180
     batches = chapter.training_batches(train_documents, tokenizer, 32)
     for step, batch in enumerate(itertools.islice(batches, steps)):
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2 * train.schedule(step / steps)

@@ -139,8 +139,11 @@ def test_loss_in_chunks_of_weights_of_any_dtype(chapter, dtype, tolerance, monke
 
 
 @pytest.mark.reaches("linear_cross_entropy")
-def test_loss_script_runs(chapter):
-    assert "gradients differ" in run_here(chapter.linear_cross_entropy)
+def test_loss_script_runs(chapter, monkeypatch):
+    measure = chapter.linear_cross_entropy.measure
+    monkeypatch.setattr(chapter.linear_cross_entropy, "measure", lambda loss_of, x, weight, targets: measure(
+        loss_of, x[:40], weight, targets[:40]))   # of 2,048 tokens
+    assert run_here(chapter.linear_cross_entropy).count("gradients differ") >= 2
 
 
 # --------------------------------------------------------------------------------------------- activation checkpointing
@@ -323,6 +326,7 @@ def test_a_run_whose_steps_were_left_out_resumes_bit_for_bit(left_out, chapter, 
         steps = [step - 4 for step in left_out] if "--resume" in more else left_out
         with monkeypatch.context() as patch:
             patch.setattr(chapter.train, "schedule", lambda progress: 1)   # that of 4 steps is another than that of 8
+            patch.setitem(chapter.model.CONFIGS, "small", small_config(chapter, vocab_size=300))
             spoil(chapter, patch, steps)
             run_here(chapter.train, *run, "--out", tmp_path / out, "--steps", *more)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")

@@ -96,7 +96,9 @@ def test_events_belong_to_the_group_a_person_would_name(chapter):
 
 def test_a_profile_sums_to_the_step_and_changes_nothing(chapter, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(chapter.flops, "best_time", lambda work, device, seconds=0: 1e-3)   # no time for ceilings
-    arguments = ("--data", text_file, *chapter.quick, "--steps", 25)
+    for name, steps in {"WAIT": 1, "WARMUP": 1, "ACTIVE": 3, "STEPS": 5}.items():
+        monkeypatch.setattr(chapter.profiling, name, steps)
+    arguments = ("--data", text_file, *chapter.quick, "--steps", 6)
     printed = run_here(chapter.train, *arguments, "--profile", "--out", tmp_path / "on")
     run_here(chapter.train, *arguments, "--out", tmp_path / "off")
     weights = [load_file(tmp_path / run / "model.safetensors") for run in ("on", "off")]
@@ -154,7 +156,7 @@ from data import fill, packed_sequence_collate_fn
 from model import ModelConfig, Transformer
 from train import loss_sum
 torch.manual_seed(0)
-model = Transformer(ModelConfig(vocab_size=70, hidden_size=32, intermediate_size=48, head_dim=16))
+model = Transformer(ModelConfig(vocab_size=70, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=16))
 compiled = torch.compile(loss_sum, fullgraph=True)
 graphs = []
 for lengths in [(3, 9, 20), (5, 5, 5, 30), (1, 2, 3, 4, 5), (60,), (7, 7, 7, 7, 7, 7, 7)]:
