@@ -3,6 +3,7 @@
     python data/download.py --list             what there is: size, licence, source, and whether it is here
     python data/download.py tinyshakespeare    data/tinyshakespeare.txt
     python data/download.py wikitext-2         data/wikitext-2/train.jsonl, validation.jsonl, test.jsonl
+    python data/download.py fineweb-edu        data/fineweb-edu/sample/10BT/*.parquet, 28.5 GB
 
 train.py calls this by itself. Downloads break off, and a model trains on half a file without complaint. So bytes
 collect in NAME.part, which the next call continues; only when the checksum is right does one rename install the file.
@@ -199,6 +200,41 @@ class HubDataset:
             raise DownloadError(f"{self.source}: {problem or ' '.join(str(error).split())}") from None
 
 
+@dataclass
+class HubFiles:
+    """Files of a data set of the hub as they lie there, too large to be read at once.
+
+    huggingface_hub continues what broke off. complete.json is written last, as above.
+    """
+    path: str
+    source: str
+    files: str           # their pattern within the data set
+    revision: str
+    size: int            # bytes of the files
+    licence: str
+
+    def is_complete(self, path):
+        return (path / "complete.json").is_file() and (path / "complete.json").read_bytes() == self.inventory(path)
+
+    def inventory(self, path):
+        sizes = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.glob(self.files))}
+        return json.dumps({"source": self.source, "revision": self.revision, "bytes": sizes}).encode()
+
+    def fetch(self, path):
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        try:   # without this, the library takes what is there for all that there is
+            open_url(f"{hub}/api/datasets/{self.source}", {}).close()
+        except urllib.error.HTTPError as error:
+            raise DownloadError(f"{self.source}: {error}") from None
+        import huggingface_hub
+        try:
+            huggingface_hub.snapshot_download(self.source, repo_type="dataset", revision=self.revision,
+                                              allow_patterns=self.files, local_dir=path)
+        except Exception as error:   # from several libraries, which share no base class
+            raise DownloadError(f"{self.source}: {' '.join(str(error).split())}; run this again to continue") from None
+        install(path / "complete.json", self.inventory(path))
+
+
 def install(path, data):
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
@@ -218,6 +254,10 @@ DATASETS = {
         path="wikitext-2", source="Salesforce/wikitext", configuration="wikitext-2-raw-v1",
         revision="b08601e04326c79dfdd32d625aee71d232d685c3",
         size=13346749, licence="CC BY-SA 3.0, GFDL", documents=articles),
+    "fineweb-edu": HubFiles(   # a sample of ten billion of GPT-2's tokens
+        path="fineweb-edu", source="HuggingFaceFW/fineweb-edu", files="sample/10BT/*.parquet",
+        revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+        size=28518193415, licence="ODC-By 1.0"),
 }
 
 
@@ -283,7 +323,7 @@ def work():
     if args.list or not args.name:
         for name, dataset in DATASETS.items():
             state = "here" if dataset.is_complete(FOLDER / dataset.path) else "not here"
-            print(f"{name:16} {dataset.size / 1e6:5.1f} MB  {state:8}  {dataset.licence:18}  {dataset.source}")
+            print(f"{name:16} {dataset.size / 1e6:8,.1f} MB  {state:8}  {dataset.licence:18}  {dataset.source}")
         return
     try:
         path = download(args.name)

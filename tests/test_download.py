@@ -470,6 +470,45 @@ def test_the_real_library_offline_says_one_line(tmp_path, server):
     assert not (tmp_path / "wikitext-2").exists() and len(server.requests) == 1
 
 
+@pytest.fixture
+def files_of_the_hub(server, monkeypatch):
+    """A stand-in for huggingface_hub, and an entry for it. files: what the next call finds there, or an error."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url.removesuffix("/file.txt"))
+    hub = types.SimpleNamespace(calls=[], files={"sample/a.parquet": b"a", "sample/b.parquet": b"bb"}, error=None)
+
+    def snapshot_download(source, repo_type, revision, allow_patterns, local_dir):
+        hub.calls.append((source, repo_type, revision, allow_patterns))
+        for name, content in hub.files.items():
+            (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            (local_dir / name).write_bytes(content)
+        if hub.error:
+            raise hub.error
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    monkeypatch.setattr(download, "DATASETS", {"file": download.HubFiles(
+        "web", "Some/web", "sample/*.parquet", "87f091", 1000, "ODC-By 1.0")})
+    return hub
+
+
+def test_files_of_the_hub_are_there_when_all_are(call, here, files_of_the_hub):
+    hub, web = files_of_the_hub, here / "web"
+    whole, hub.files, hub.error = hub.files, {"sample/a.parquet": b"a"}, ConnectionError("a page\nof explanations")
+    assert_refused(call("file"), "Some/web", "a page of explanations", "run this again")
+    assert not (web / "complete.json").exists() and (web / "sample" / "a.parquet").exists()   # to go on with
+    hub.files, hub.error = whole, None
+    assert call("file")[:2] == (0, f"{web}\n") and len(hub.calls) == 2
+    assert hub.calls[0] == ("Some/web", "dataset", "87f091", "sample/*.parquet")
+    assert call("file") == (0, f"{web}\n", "file: already here\n") and len(hub.calls) == 2
+    (web / "sample" / "b.parquet").unlink()
+    assert call("file")[0] == 0 and len(hub.calls) == 3
+
+
+def test_without_network_what_is_there_is_not_taken_for_all(call, here, files_of_the_hub, server):
+    server.mode = "503"
+    assert_refused(call("file"), "Some/web", "503")
+    assert not files_of_the_hub.calls
+
+
 # ----------------------------------------------------------------------------------------------------- the table
 
 def test_list_shows_every_entry(call, here, server):
@@ -486,4 +525,5 @@ def test_the_entries_of_the_repository_are_pinned(monkeypatch):
     for name, dataset in download.DATASETS.items():
         pin = dataset.source if isinstance(dataset, download.File) else dataset.revision
         assert re.search(r"\b[0-9a-f]{40}\b", pin) and dataset.licence and dataset.size, name
-        assert isinstance(dataset, download.HubDataset) or re.fullmatch("[0-9a-f]{64}", dataset.sha256), name
+        if isinstance(dataset, download.File):
+            assert re.fullmatch("[0-9a-f]{64}", dataset.sha256), name
