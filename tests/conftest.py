@@ -30,7 +30,8 @@ SLOW = {
     "test_loss_script_runs", "test_a_profile_sums_to_the_step_and_changes_nothing",
     "test_the_command_trains_measures_draws_and_goes_on",
     "test_less_than_one_percent_of_the_budget_is_wasted_on_natural_documents",
-    "test_a_run_whose_steps_were_left_out_resumes_bit_for_bit",
+    "test_a_run_whose_steps_were_left_out_resumes_bit_for_bit", "test_a_killed_command_goes_on_and_makes_no_run_twice",
+    "test_the_code_of_the_library_is_enough_and_mixed",
     "test_the_default_run_starts_and_resumes", "test_python_docs_is_there_without_network",
 }
 
