@@ -29,6 +29,7 @@ import tokenize as python_code
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -124,9 +125,8 @@ def prepare(train_documents):
 
 def defaults(config):
     """(tokens of a batch, learning rate) that train.py takes for this model."""
-    CONFIGS["scaled"] = config
-    sys.argv = ["train.py", "--config", "scaled"]
-    arguments = train.parse_arguments()
+    with patch.object(sys, "argv", ["train.py"]), patch.dict(CONFIGS, small=config):
+        arguments = train.parse_arguments()
     return arguments.batch_tokens, arguments.learning_rate
 
 
@@ -422,7 +422,7 @@ def main():
                         help="processes of one thread that train side by side")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out-scaling", metavar="DIR",
                         help="where the runs that have ended are kept")
-    arguments, command = parser.parse_args(), "".join(f" {argument}" for argument in sys.argv[1:])
+    arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     source = fetch(arguments.data)
     train_documents, val_documents = load_text(source)
@@ -438,7 +438,8 @@ def main():
         *large, law(*large), *interval([resampled(*large) for resampled in draws])))
     found = make([PREDICTED] + GRID, arguments.workers, arguments.out, documents, text)   # only now
     print(f"{sum(made['cpu_seconds'] for made in found.values()) / 60:.1f} core-minutes in all")
-    record = {"command": f"python chapter-03-profiling/scaling_laws.py{command}", "data": source}
+    command = "python chapter-03-profiling/scaling_laws.py" + "".join(f" {argument}" for argument in sys.argv[1:])
+    record = {"command": command, "data": source}
     write_runs(found, law, **record)
     write_fit(found, law, draws, **record)
     write_rates(found, **record)

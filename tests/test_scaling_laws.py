@@ -78,11 +78,12 @@ def test_the_runs_are_those_that_a_prediction_needs():
     assert replace(scaling.AGAIN[0], seed=0) in scaling.FITTED
 
 
-def test_batch_and_rate_are_those_of_train():
+def test_batch_and_rate_are_those_of_train(monkeypatch):
     """For the small model they are train.py's defaults, and a factor is a factor."""
     trial = Trial(128, 2, 1000)
     assert replace(trial.config, max_position_embeddings=1024) == chapter3.model.CONFIGS["small"]
     settings = scaling.settings_of(trial, "text")
+    monkeypatch.setattr("sys.argv", ["train.py"])
     arguments = chapter3.train.parse_arguments()
     assert (settings["batch_tokens"], settings["learning_rate"]) == (arguments.batch_tokens, arguments.learning_rate)
     other = scaling.settings_of(replace(trial, batch=0.5, rate=2), "text")
