@@ -32,6 +32,7 @@ SLOW = {
     "test_less_than_one_percent_of_the_budget_is_wasted_on_natural_documents",
     "test_a_run_whose_steps_were_left_out_resumes_bit_for_bit", "test_a_killed_command_goes_on_and_makes_no_run_twice",
     "test_the_code_of_the_library_is_enough_and_mixed",
+    "test_killed_with_its_workers_then_continued", "test_no_variant_scores_below_the_entropy_of_a_source",
     "test_the_default_run_starts_and_resumes", "test_python_docs_is_there_without_network",
 }
 

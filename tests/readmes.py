@@ -41,6 +41,8 @@ def is_text(value):
 
 def table(path):
     """The Markdown table of a results file, followed by where its numbers come from."""
+    if not path.is_file():
+        return "Not measured yet.\n"
     result = json.loads(path.read_text(encoding="utf-8"))
     columns = result["columns"]
     first, *others = columns
