@@ -8,7 +8,8 @@
     bf16-pure   weights, gradients and moments in bfloat16: half the memory, and a rounding that is left to chance
 
 Why the weights stay in float32: a step changes a weight by a thousandth of itself, and bfloat16 has 8 bits, so most
-changes would round to nothing. number_formats.py shows it. These are the "master weights" of Micikevicius et al. 2018.
+changes would round to nothing. Chapter 4's number_formats.py shows it. These are the "master weights" of Micikevicius
+et al. 2018.
 """
 import torch
 

@@ -1,10 +1,11 @@
 """Activation checkpointing: forget what a layer computed, and compute it again when its gradient is due.
 
-A layer leaves behind for its gradient about 25 numbers for each one that it hands on (memory.py lists them). Kept is
-only what it was given; on the way back the layer runs once more, and its memory is needed for one layer at a time (Chen
-et al. 2016). "full" pays a forward pass, a third of the arithmetic. "selective" keeps the results of the matrix
-products and of attention and recomputes what lies between, norms, rotations and the gate: it saves four tenths of the
-memory and costs hardly any arithmetic (Korthikanti et al. 2022 choose by the same reasoning, with other sizes).
+A layer leaves behind for its gradient about 25 numbers for each one that it hands on (chapter 4's memory.py lists
+them). Kept is only what it was given; on the way back the layer runs once more, and its memory is needed for one layer
+at a time (Chen et al. 2016). "full" pays a forward pass, a third of the arithmetic. "selective" keeps the results of
+the matrix products and of attention and recomputes what lies between, norms, rotations and the gate: it saves four
+tenths of the memory and costs hardly any arithmetic (Korthikanti et al. 2022 choose by the same reasoning, with other
+sizes).
 
 Recompute below is the whole idea. train.py uses torch.utils.checkpoint, which also restores random states and takes any
 arguments.

@@ -16,8 +16,10 @@ only where no symbol of a file differs, but they must be true. A file that is no
 The chain must stay light too: the budgets are in budgets.py, which prints how much of them is used.
 """
 import ast
+import io
 import itertools
 import re
+import tokenize
 
 import pytest
 
@@ -127,6 +129,29 @@ def problems(*folders):
 def test_the_table_tells_what_changed(before, after):
     found = problems(*[CHAPTERS_ROOT / name for name in CHAPTERS[:CHAPTERS.index(after) + 1]])
     assert not found, "\n" + "\n".join(found)
+
+
+# ------------------------------------------------------------------------------------------- files named in the prose
+
+def missing(folder):
+    """(file, name) of each program that comments or docstrings of a chapter name and that is not there. One that
+    another chapter has is written "chapter 4's memory.py".
+    """
+    found = []
+    for file, text in files(folder).items():
+        prose = [token.string for token in tokenize.tokenize(io.BytesIO(text).readline)
+                 if token.type == tokenize.COMMENT or token.string.startswith('"""')]
+        prose = re.sub(r"[\s#]+", " ", " ".join(prose))   # without the lines' ends
+        for number, name in re.findall(r"(?:[Cc]hapter (\d)'s )?(\w[\w./-]*\.py)\b", prose):
+            where = next(folder.parent.glob(f"chapter-0{number}-*")) if number else folder
+            if not [*where.glob(name), *where.glob(f"*/{name}"), *folder.parent.glob(name)]:
+                found.append((file, name))
+    return found
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_files_that_comments_and_docstrings_name_are_there(chapter):
+    assert missing(CHAPTERS_ROOT / chapter) == []
 
 
 # ------------------------------------------------------------------------------------------------------- the budgets
@@ -245,6 +270,22 @@ def test_a_row_names_no_more_than_can_be_told_as_one(tmp_path):
     assert check(tmp_path / "two rows", {"m.py": old}, {"m.py": new}, HEAD + two_rows) == []
     found, = check(tmp_path / "one row", {"m.py": old}, {"m.py": new}, HEAD + all_in_one)
     assert found.startswith("two/README.md: a row names 13 things")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("# See a.py.\n", []),
+    ("# See old.py.\n", ["old.py"]),
+    ("x = 1   # chapter\n        # 1's old.py\n", []),
+    ("# See chapter 1's a.py.\n", ["a.py"]),
+    ('"""Chapter 1\'s\nold.py, b.py, parallel/b.py, parallel/a.py."""\n', ["parallel/a.py"]),
+    ('"""Say: python chapter-01-one/old.py, not chapter-01-one/a.py."""\n', ["chapter-01-one/a.py"]),
+    ("name = 'old.py'\n", []),
+])
+def test_names_of_files_in_comments_and_docstrings(tmp_path, text, expected):
+    for path in ("chapter-01-one/old.py", "chapter-02-two/a.py", "chapter-02-two/parallel/b.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text if path.endswith("a.py") else "")
+    assert [name for _, name in missing(tmp_path / "chapter-02-two")] == expected
 
 
 @pytest.mark.parametrize("table", ["", f"## Other\n\n{HEAD}", f"{HEAD}| m.py | `f` | why |", f"{HEAD}| `m.py` | `f` |"])

@@ -7,10 +7,11 @@ wire is the residual stream, (T, D) forward and its gradient back, once for each
 which is why this one may cross from machine to machine. Its price is the bubble: while the first pack is on its way the
 last stage has nothing to do, and while the last gradient is on its way back it is again idle. With p stages and m packs
 (a step's packs are called microbatches here, as in the papers) a share (p - 1) / (m + p - 1) of all time is lost:
-schedules.py has the picture, and schedules that lose less.
+chapter 6's schedules.py has the picture, and schedules that lose less.
 
 A schedule is a list for each rank: in which order it computes ("F", i) and ("B", i), forward and backward of microbatch
-i. The runner below takes any such list. At work: torch.distributed.pipelining, which schedules.py shows to do the same.
+i. The runner below takes any such list. At work: torch.distributed.pipelining, which chapter 6's schedules.py shows to
+do the same.
 
 T, D: as in model.py; p: stages, in the code pp.size; m: microbatches of a step.
 """
