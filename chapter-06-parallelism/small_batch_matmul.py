@@ -160,7 +160,8 @@ def main():
             table.append(row)
     table.append({"dtype": "", "way": "reading alone"} | {str(rows): ceiling / 1e9 for rows in ROWS})
     columns = {"dtype": "dtype", "way": "GB/s of weights"} | {str(rows): f"{rows} rows" for rows in ROWS}
-    print(write_results("small_batch_matmul", "python chapter-05-kv-cache/small_batch_matmul.py", columns, table))
+    command = f"python {Path(__file__).resolve().parent.name}/small_batch_matmul.py"
+    print(write_results("small_batch_matmul", command, columns, table))
 
 
 if __name__ == "__main__":

@@ -154,6 +154,12 @@ def test_files_that_comments_and_docstrings_name_are_there(chapter):
     assert missing(CHAPTERS_ROOT / chapter) == []
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_the_command_of_a_copied_file_names_its_own_chapter(chapter):
+    for file, text in files(CHAPTERS_ROOT / chapter).items():
+        assert set(re.findall(rf"(chapter-\d\d-[\w-]+)/{file}\b", text.decode())) <= {chapter}, file
+
+
 # ------------------------------------------------------------------------------------------------------- the budgets
 
 @pytest.mark.parametrize("before, after", PAIRS)
