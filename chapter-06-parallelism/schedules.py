@@ -380,7 +380,7 @@ def work(rank, file):
     if rank == 0:
         show({key: max(own[key] for own in everyone) for key in differences}, measured)
     sys.stdout.flush()
-    os._exit(0)   # why not as Python ends: parallel.start
+    os._exit(0)   # why not as Python ends: parallel.mesh.start_ranks
 
 
 def show(differences, measured):

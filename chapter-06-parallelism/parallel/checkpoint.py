@@ -7,9 +7,9 @@
 
 Gathering the model on one rank to write it there would need the memory that the run was spread over many devices for
 lack of. So every rank writes what it holds. Whatever cut the model up, that is rectangles of the tensors of the whole
-model, and each parameter knows which (parallel.Piece). On disk nothing remains of the layout but where each rectangle
-begins: whoever reads asks for rectangles of its own, from an entirely different layout if need be, and gets them
-patched together from what there is.
+model, and each parameter knows which (parallel.mesh.Piece). On disk nothing remains of the layout but where each
+rectangle begins: whoever reads asks for rectangles of its own, from an entirely different layout if need be, and gets
+them patched together from what there is.
 
 Who writes which rectangle that several ranks hold, what overlaps with what, and that one rank's failure reaches all:
 this is the work of torch.distributed.checkpoint (DCP). To use it without torch's own kinds of cut tensors takes a
@@ -52,7 +52,7 @@ FILE_BYTES = 1 << 30
 
 @dataclass
 class Rectangle:
-    """A tensor of this rank, and where it lies in a tensor of the whole model: as in parallel.Piece."""
+    """A tensor of this rank, and where it lies in a tensor of the whole model: as in parallel.mesh.Piece."""
     tensor: torch.Tensor
     shape: tuple
     offset: tuple
@@ -231,7 +231,7 @@ def load_sharded(folder, parameters, optimizer, mesh):
     saved.
 
     parameters: as in save_sharded; every rank calls this. In ZeRO's first stages these are only some rows of tensors
-    that each rank keeps whole: data.after_step() fetches the others. Restores the random state too, if there are as
+    that each rank keeps whole: replicas.after_step() fetches the others. Restores the random state too, if there are as
     many ranks as there were. Else nobody's is the right one, and all begin one that depends on seed and step only:
     replicas must go on drawing the same numbers. Raises InputError that names the file and the difference, on all
     ranks.

@@ -167,7 +167,7 @@ def check(config, ep, tp):
 
 
 def spread(model, mesh):
-    """Leave each rank of mesh.ep its E / ep experts of every layer, after parallel.label.
+    """Leave each rank of mesh.ep its E / ep experts of every layer, after parallel.mesh.label.
 
     Without experts: nothing to do.
     """

@@ -193,8 +193,8 @@ class VocabParallelLoss:
 
 
 def split(model, mesh, sequence=True):
-    """Cut a whole model, labelled by parallel.label, in place: this rank keeps its part. sequence: cut also the tokens
-    between.
+    """Cut a whole model, labelled by parallel.mesh.label, in place: this rank keeps its part. sequence: cut also the
+    tokens between.
 
     The norms stay whole on all ranks. But q_norm and k_norm see this rank's heads only, and the others, with sequence,
     its tokens only; so of their gradients each rank finds one term of a sum. They are marked piece.partial, for

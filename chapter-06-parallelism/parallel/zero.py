@@ -156,7 +156,7 @@ class Unit:
 
 class Zero:
     """ZeRO by hand. A step: before_backward for each pack, finish, optimizer.step, after_step; as
-    data_parallel.Overlapped.
+    parallel.data.Overlapped.
 
     The optimizer gets .parameters(), this rank's rows, and so keeps moments of these only.
     """
