@@ -1,7 +1,7 @@
 """What a resumed run must know besides the model: optimizer, random state and position. OUT/checkpoint/ holds both.
 
     OUT/checkpoint/          everything a resumed run needs, replaced as a whole
-        config.json, model.safetensors, tokenizer.json      the model, see checkpoint.py
+        config.json, model.safetensors, tokenizer files     the model, see checkpoint.py
         optimizer.safetensors                               AdamW's moments, the state of the random generator
         state.json                                          settings, steps, tokens, seconds
     OUT/config.json, ...     the model once more, for everyone else: generate.py
