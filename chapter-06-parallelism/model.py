@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         With a cache (kv_cache.py) the documents are sequences that go on: these tokens are their new ones, and
         position_ids count on from where they were. Returns the logits of each one's last token only, (S, V).
 
-        attend: attend(q, k, v) where the documents are spread over several devices (parallel/context.py).
+        attend: attend(q, k, v) of documents spread over several devices (parallel/context.py); a cache has its own.
         position_ids (T,): each token's place in its document, from 0. cu_seqlens (S+1,) int32 and max_seqlen: where the
         documents lie, see packed_attention. Raises InputError if they do not fit together; on a GPU the values of
         cu_seqlens are not looked at, and of position_ids never more than the shape.
