@@ -3,7 +3,8 @@
     python tests/budgets.py                  the numbers of the working tree, beside the budgets
     python tests/budgets.py 19f5888          and beside those of a commit
 
-test_chain.py fails where a number is above its budget. Changed lines are those that `diff` marks, added and removed.
+test_chain.py fails where a number is above its budget. Changed lines, added and removed, are counted with Python's
+difflib; `diff` may mark a few more or fewer.
 """
 import ast
 import difflib

@@ -7,7 +7,6 @@ root README, NAME is CHAPTER/NAME.
 """
 import json
 import re
-import sys
 
 from chapters import CHAPTERS_ROOT, chapter1
 
@@ -62,8 +61,9 @@ def render(readme):
 
 
 def main():
-    if sys.argv[1:] != ["--write"]:
-        raise chapter1.cli.InputError("say --write to render all tables in place")
+    parser = chapter1.cli.ArgumentParser("Render the tables of the READMEs from results/*.json.")
+    parser.add_argument("--write", action="store_true", required=True, help="render all tables in place")
+    parser.parse_args()
     for path in all_readmes():
         path.write_text(render(path), encoding="utf-8")
 

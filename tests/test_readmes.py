@@ -32,6 +32,13 @@ def test_a_text_of_several_lines_is_one_cell(tmp_path):
                    " &#38; f, 'tis | a|b |")
 
 
+def test_the_command_that_renders_has_a_help(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["readmes.py", "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        readmes.main()
+    assert "--write" in capsys.readouterr().out
+
+
 @readme_test
 def test_links_and_pictures_exist(readme):
     text = readme.read_text()
