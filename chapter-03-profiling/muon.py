@@ -36,7 +36,7 @@ from training_state import fingerprint
 BATCH_TOKENS = 512
 STEPS = 2400              # of AdamW, the default run's
 ADAMW_RATE = 3e-3         # the default run's
-RATE, MATRIX_RATE = 8e-3, 0.02   # of AdamW beside Muon, and of Muon: see --tune
+RATE, MATRIX_RATE = 8e-3, 0.01   # of AdamW beside Muon, and of Muon: see --tune
 SHARES = 1.0, 0.75, 0.6   # Muon's steps, as shares of AdamW's
 
 
