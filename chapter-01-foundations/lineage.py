@@ -64,14 +64,13 @@ def draw(path, rows):
     for y, row in enumerate(models):
         bits = row["val_bits_per_byte"]
         axes.plot(bits, y, "o", color="#888888" if row["model"] == NANOGPT["model"] else "#1f6f8b", markersize=9)
-        axes.annotate(f"{row['model']}: {bits:.3f}   ({row['seconds']:.0f} s, {row['parameters'] / 1e6:.2f} M"
-                      " parameters)",
+        axes.annotate(f"{row['model']}: {bits:.3f}   ({row['seconds']:.0f} s, {row['parameters']:,} parameters)",
                       (bits, y), xytext=(10, 0), textcoords="offset points", va="center",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 2})
     xz = rows[1]["val_bits_per_byte"]
     axes.axvline(xz, color="#888888", linestyle="dashed")
     axes.annotate("xz", (xz, -0.45), xytext=(5, 0), textcoords="offset points", color="#888888", va="center")
-    low, high = (extreme(row["val_bits_per_byte"] for row in models) for extreme in (min, max))
+    low, high = (extreme([xz, *(row["val_bits_per_byte"] for row in models)]) for extreme in (min, max))
     axes.set(xlim=(low - 0.05 * (high - low), high + 0.75 * (high - low)), ylim=(len(models) - 0.4, -0.7), yticks=[],
              xlabel="bits per byte of the validation text (less is better; the axis does not begin at 0)")
     axes.spines[["top", "right", "left"]].set_visible(False)

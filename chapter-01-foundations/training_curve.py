@@ -30,9 +30,9 @@ def read_curves(out):
 
 
 def smooth(values):
-    """The mean of each value and up to AROUND neighbours on either side."""
-    return [sum(part) / len(part) for i in range(len(values))
-            for part in [values[max(0, i - AROUND):i + AROUND + 1]]]
+    """The mean of each value that has AROUND neighbours on either side, and of these."""
+    width = 2 * AROUND + 1
+    return [sum(values[i:i + width]) / width for i in range(len(values) - width + 1)]
 
 
 def draw(path, curves, vocab_size):
@@ -41,11 +41,11 @@ def draw(path, curves, vocab_size):
     steps, losses = curves["train/loss"]
     ax = axes["loss"]
     ax.plot(steps, losses, color="#1f6f8b", alpha=0.3, linewidth=0.8)
-    ax.plot(steps, smooth(losses), color="#1f6f8b", linewidth=2)
+    ax.plot(steps[AROUND:len(steps) - AROUND], smooth(losses), color="#1f6f8b", linewidth=2)
     ax.axhline(math.log(vocab_size), color="#888888", linestyle="dashed")
     ax.text(steps[-1], math.log(vocab_size) + 0.1, f"a uniform guess: ln {vocab_size:,} = {math.log(vocab_size):.2f}",
             color="#555555", ha="right", fontsize=12)
-    ax.set_title("training loss, nats per token (thin: each step; thick: the mean of 51)", fontsize=13)
+    ax.set_title(f"training loss, nats per token (thin: each step; thick: the mean of {2 * AROUND + 1})", fontsize=13)
 
     ax = axes["validation"]
     steps, bits = curves.get("validation/bits_per_byte_of_an_eighth", ((), ()))
@@ -58,9 +58,10 @@ def draw(path, curves, vocab_size):
     ax = axes["rate"]
     ax.semilogy(*curves["train/learning_rate"], color="#555555", linewidth=2)
     ax.semilogy(*curves["train/gradient_norm"], color="#d9822b", alpha=0.7, linewidth=0.8)
-    for y, text, colour in ((0.55, "gradient norm before clipping", "#a85d0c"), (0.2, "learning rate", "#555555")):
+    for y, text, colour in ((0.55, "gradient norm, before clipping to 1", "#a85d0c"),
+                            (0.04, "learning rate", "#555555")):
         ax.text(0.98, y, text, color=colour, ha="right", transform=ax.transAxes, fontsize=12)
-    ax.set_title("what drives a step", fontsize=13)
+    ax.set_title("gradient norm and learning rate", fontsize=13)
     for ax in axes.values():
         ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)
@@ -76,8 +77,8 @@ def main():
     curves = read_curves(out)
     draw(FIGURES / "training_curve.png", curves, json.loads((out / "config.json").read_text())["vocab_size"])
     steps, losses = curves["train/loss"]
-    print(f"steps {steps[0]:,} to {steps[-1]:,}: the loss goes from {losses[0]:.2f} to {smooth(losses)[-1]:.2f} nats"
-          " per token (the latter a mean)\nAs a picture: figures/training_curve.png")
+    print(f"steps {steps[0]:,} to {steps[-1]:,}: the loss goes from {losses[0]:.2f} to {losses[-1]:.2f} nats per token"
+          "\nAs a picture: figures/training_curve.png")
 
 
 if __name__ == "__main__":

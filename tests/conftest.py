@@ -34,6 +34,7 @@ SLOW = {
     "test_the_code_of_the_library_is_enough_and_mixed",
     "test_killed_with_its_workers_then_continued", "test_no_variant_scores_below_the_entropy_of_a_source",
     "test_the_default_run_starts_and_resumes", "test_python_docs_is_there_without_network",
+    "test_the_road_on_one_axis", "test_an_alphabet_of_one_letter", "test_learned_positions_train_as_train_py_does",
 }
 
 
